@@ -1,0 +1,94 @@
+"""SimCLR with a ResNet.
+
+    python -m contrastive_jax.main --config=configs/simclr_resnet.py --workdir=runs/resnet
+
+| preset | data | made for |
+|---|---|---|
+| `:digits` (the default) | scikit-learn's handwritten digits, embedded | 2 CPU cores, 3 minutes |
+| `:cifar10_small` | CIFAR-10 | 2 CPU cores, 7 minutes |
+| `:cifar10` | CIFAR-10 through TFDS; the authors' ResNet-18 | one GPU |
+| `:imagenet` | ImageNet through TFDS; the paper's ResNet-50 | a TPU or GPU slice |
+| `:folder` | your pictures: `--config.data.root=DIR` | one GPU |
+
+CIFAR-10 as a folder: `--config.data.source=folder --config.data.root=DIR`, which holds
+`{train,test}/<class>/*.png`.
+
+Our NT-Xent is the mean over all views, half of the sum that the authors' code takes; LARS makes
+the step independent of that factor but for the weight decay, which counts twice here.
+BatchNorm's statistics are the global batch's, as in the authors' code.
+"""
+
+from ml_collections import ConfigDict
+
+from contrastive_jax import config as config_lib
+
+# SimCLR, appendix A: strength 1 for ImageNet, 0.5 and no blur for CIFAR-10.
+JITTER = {'prob': 0.8, 'brightness': 0.8, 'contrast': 0.8, 'saturation': 0.8, 'hue': 0.2}
+HALF_JITTER = {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.4, 'hue': 0.1}
+SMALL = {'name': 'resnet', 'stem': 'patch4', 'widths': (64, 128, 256), 'blocks': (1, 1, 1)}
+
+
+def digits(c: ConfigDict) -> None:
+    config_lib.dataset(c, 'digits')
+    c.total_steps, c.batch_size = 1500, 128
+    c.log_every, c.eval_every, c.checkpoint_every = 100, 500, 500
+    # No flips: a mirrored 2 is no digit.
+    c.data.crop = {'scale': (0.3, 1.0), 'interpolation': 'bicubic', 'flip': 0.0}
+    c.augment = {'jitter': {'prob': 0.8, 'brightness': 0.6, 'contrast': 0.6}}
+    c.model = {'name': 'resnet', 'stem': 'cifar', 'widths': (32, 64, 128), 'blocks': (1, 1, 1)}
+    c.method = {'name': 'simclr', 'temperature': 0.2, 'hidden': 256, 'projection': 64}
+    c.optim = {'name': 'adamw', 'learning_rate': 2e-3, 'weight_decay': 0.05, 'warmup': 0.1}
+    c.evals = {'knn': {'k': 20, 'temperature': 0.07}, 'linear': {}}
+
+
+def cifar10_small(c: ConfigDict) -> None:
+    """An encoder of 1.2 M parameters whose stem halves the resolution, for CPUs."""
+    config_lib.dataset(c, 'cifar10')
+    c.total_steps, c.batch_size = 360, 256
+    c.log_every, c.checkpoint_every = 20, 120
+    c.augment = {'jitter': HALF_JITTER, 'grayscale': {'prob': 0.2}}
+    c.model = SMALL
+    c.method = {'name': 'simclr', 'temperature': 0.2, 'hidden': 512, 'projection': 128}
+    c.optim = {'name': 'adamw', 'learning_rate': 2e-3, 'weight_decay': 0.05, 'warmup': 0.1}
+    c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
+
+
+def cifar10(c: ConfigDict) -> None:
+    """The authors' CIFAR-10 command (README of google-research/simclr): 91 % linear, they say."""
+    config_lib.dataset(c, 'cifar10')
+    c.total_epochs, c.batch_size = 1000.0, 512
+    c.eval_every = 10_000
+    c.augment = {'jitter': HALF_JITTER, 'grayscale': {'prob': 0.2}}
+    c.model = {'name': 'resnet', 'size': 18, 'stem': 'cifar'}
+    c.method = {'name': 'simclr', 'temperature': 0.5, 'layers': 3, 'hidden': 512}
+    c.optim = {'name': 'lars', 'learning_rate': 1.0, 'weight_decay': 1e-4, 'warmup': 0.01}
+    c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
+
+
+def imagenet(c: ConfigDict) -> None:
+    """The authors' ImageNet command for 100 epochs (tf2/run.py of google-research/simclr)."""
+    config_lib.dataset(c, 'imagenet')
+    c.total_epochs, c.batch_size = 100.0, 4096
+    c.eval_every = 10_000
+    c.augment = {
+        'jitter': JITTER,
+        'grayscale': {'prob': 0.2},
+        'blur': {'prob': 0.5, 'sigma': (0.1, 2.0)},
+    }
+    c.model = {'name': 'resnet', 'size': 50, 'stem': 'imagenet', 'dtype': 'bfloat16'}
+    c.method = {'name': 'simclr', 'temperature': 0.1, 'layers': 3, 'hidden': 2048}
+    c.optim = {'name': 'lars', 'learning_rate': 0.3, 'weight_decay': 1e-4, 'warmup': 0.1}
+    c.evals = {'knn': {'k': 20, 'temperature': 0.07}, 'linear': {}}
+
+
+def folder(c: ConfigDict) -> None:
+    """The ImageNet recipe at a batch that one GPU holds; there the authors scale by its root."""
+    imagenet(c)
+    config_lib.dataset(c, 'folder')
+    c.batch_size, c.eval_every = 256, 0
+    c.optim.learning_rate = 1.2  # 0.075 · √256, SimCLR appendix B.1
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    presets = (digits, cifar10_small, cifar10, imagenet, folder)
+    return config_lib.preset({p.__name__: p for p in presets}, arg)

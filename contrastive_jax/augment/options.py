@@ -1,0 +1,64 @@
+"""What an operation is told of the batch, and the options that operations share."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from contrastive_jax.config import UserError
+
+# (key, draw_BVR, x_BVCHW) -> x_BVCHW, on images in [0, 1]. `draw` holds R numbers from U[0, 1) for
+# each image; the first is the coin. `key` is for draws as large as the image.
+Apply = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Frame(NamedTuple):
+    """Where an operation's options come from and the views that it will see."""
+
+    where: str
+    views: int
+    size: int
+
+
+def number(name: str, value: object, frame: Frame, low: float, high: float = math.inf) -> float:
+    """`value` as a float within [low, high], or an error that names the option."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        span = f'from {low:g} to {high:g}' if high < math.inf else f'of at least {low:g}'
+        raise UserError(f'{frame.where}.{name}: expected a number {span}, got {value!r}.')
+    return float(value)
+
+
+def interval(
+    name: str, value: object, frame: Frame, low: float, high: float = math.inf
+) -> tuple[float, float]:
+    """A pair (lowest, highest) within [low, high]; a single number stands for both."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise UserError(
+            f'{frame.where}.{name}: expected a number or a pair (lowest, highest), got {value!r}.'
+        )
+    lowest, highest = (number(name, v, frame, low, high) for v in pair)
+    if lowest > highest:
+        raise UserError(f'{frame.where}.{name}: the pair {value!r} is not in ascending order.')
+    return lowest, highest
+
+
+def chance(prob: float | Sequence[float], frame: Frame) -> Callable[[jax.Array], jax.Array]:
+    """The coin of an operation: draw_BVR -> bool [B, V], True where it is applied.
+
+    Args:
+        prob: the probability, in [0, 1]: a number for all views or one for each of the V views.
+        frame: of the operation.
+    """
+    each = list(prob) if isinstance(prob, (tuple, list)) else [prob] * frame.views
+    if len(each) != frame.views:
+        raise UserError(
+            f'{frame.where}.prob: expected a number or a tuple with one for each of the '
+            f'{frame.views} views, got {prob!r}.'
+        )
+    prob_V = np.asarray([number('prob', p, frame, 0, 1) for p in each], np.float32)
+
+    # Draws are in [0, 1): never below 0, always below 1.
+    return lambda draw_BVR: draw_BVR[..., 0] < prob_V[None, :]

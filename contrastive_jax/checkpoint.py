@@ -1,0 +1,151 @@
+"""Checkpoints with Orbax: atomic, asynchronous, the newest few and the best; and the workdir's config.
+
+A checkpoint is the whole TrainState and the data iterator's position, so that a continued run is
+the same run. It appears under its final name only when it is complete.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from contrastive_jax.config import UserError
+from contrastive_jax.state import TrainState
+
+# What a config may change between two starts in one workdir: none of these touches the training.
+FREE = ('log_every', 'checkpoint_every', 'keep', 'evals', 'eval_every', 'tensorboard')
+
+
+class Checkpoints:
+    """The checkpoints of a workdir.
+
+    Args:
+        workdir: kept under `workdir/checkpoints/<step>`; a path or a bucket's URL.
+        keep: how many of the newest stay; the one with the best metric stays beside them.
+        best: the metric that says which is best (higher is better).
+    """
+
+    def __init__(self, workdir: str | os.PathLike, keep: int, best: str):
+        if keep < 1:
+            raise UserError(f'config.keep: got {keep}; expected at least 1.')
+        policies = ocp.checkpoint_managers
+        self._manager = ocp.CheckpointManager(
+            epath.Path(workdir).absolute() / 'checkpoints',
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(
+                            get_metric_fn=lambda metrics: metrics[best],
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            ),
+        )
+        self._best = best
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        state: TrainState,
+        iterator: grain.DatasetIterator | None,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts to save; returns once the state is copied. Saving a step twice is saving it once."""
+        if self.latest == step:
+            return
+        metrics = {self._best: metrics[self._best]} if metrics and self._best in metrics else None
+        items: dict[str, Any] = {'state': ocp.args.StandardSave(state._asdict())}
+        if iterator is not None:
+            items['data'] = grain.checkpoint.CheckpointSave(iterator)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def restore(
+        self, like: TrainState, iterator: grain.DatasetIterator | None = None
+    ) -> TrainState | None:
+        """The newest state, or None where there is none; sets the iterator to where it was.
+
+        Args:
+            like: shapes, dtypes and shardings of the state (`jax.eval_shape` with shardings).
+            iterator: left alone if None.
+        """
+        if self.latest is None:
+            return None
+        items: dict[str, Any] = {'state': ocp.args.StandardRestore(like._asdict())}
+        if iterator is not None:
+            items['data'] = grain.checkpoint.CheckpointRestore(iterator)
+        restored = self._manager.restore(self.latest, args=ocp.args.Composite(**items))
+        return TrainState(**restored['state'])
+
+    def wait(self) -> None:
+        """Returns when what is being saved is complete."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then ends Orbax' threads."""
+        self.wait()
+        self._manager.close()
+
+
+def claim(workdir: str | os.PathLike, config: Mapping[str, Any], create: bool = True) -> None:
+    """Makes the workdir this config's, or refuses one that is another config's.
+
+    Args:
+        workdir: created if missing; its `config.json` says whose it is.
+        config: JSON-serialisable after `to_dict`; keys in FREE may differ.
+        create: False when the workdir must be there already.
+
+    Raises:
+        UserError: the workdir's config differs; the keys are listed with both values.
+    """
+    path = epath.Path(workdir) / 'config.json'
+    mine = json.loads(json.dumps(dict(config)))
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f'{path}: not JSON ({error}); is this a workdir of ours?') from error
+        ours, kept = flatten(mine), flatten(theirs)
+        differing = [
+            f'  config.{key}: there {kept.get(key, "(not set)")!r}, '
+            f'here {ours.get(key, "(not set)")!r}'
+            for key in sorted(ours.keys() | kept.keys())
+            if key.split('.')[0] not in FREE and ours.get(key) != kept.get(key)
+        ]
+        if differing:
+            raise UserError(
+                f'{workdir} belongs to a run with another config:\n'
+                + '\n'.join(differing)
+                + '\nUse another --workdir, or the config that it was started with.'
+            )
+    elif not create:
+        raise UserError(f'--workdir: there is no run in {workdir} (no config.json).')
+    if create and jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name('config.json.tmp')
+        temporary.write_text(json.dumps(mine, indent=2) + '\n')
+        temporary.rename(path)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f'{prefix}{key}.'))
+        else:
+            flat[f'{prefix}{key}'] = value
+    return flat

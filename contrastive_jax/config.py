@@ -1,0 +1,168 @@
+"""From names in a config to the modules and functions that they mean, and errors that help.
+
+A config names a method, a model, an evaluator or a data source by its module:
+`config.method = dict(name='simclr', temperature=0.1)` becomes
+`contrastive_jax.methods.simclr.make(temperature=0.1)`. There is no registry: the files that exist
+are the names that exist.
+"""
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: `main` prints the message alone and exits with 2."""
+
+
+def unknown(what: str, got: object, exists: Iterable[str], where: str = '') -> UserError:
+    """The error for a name that does not exist: what was got, what exists, the closest match."""
+    exists = list(exists)
+    close = difflib.get_close_matches(str(got), exists, n=1, cutoff=0.5)
+    hint = f' Did you mean {close[0]!r}?' if close else ''
+    listed = ', '.join(map(repr, exists)) or 'none'
+    return UserError(f'{where}{": " if where else ""}unknown {what} {got!r}.{hint} Exists: {listed}.')
+
+
+def choose(what: str, got: str, options: Mapping[str, Any], where: str = '') -> Any:
+    """`options[got]`, or an error that lists the options."""
+    if got not in options:
+        raise unknown(what, got, options, where)
+    return options[got]
+
+
+def call(function: Callable, where: str, *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, with unknown or missing keywords reported as `where`'s keys."""
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    settable = [p.name for p in named[len(args) :]]
+    for key in kwargs:
+        if key not in settable and not open_ended:
+            raise unknown('key', key, settable, where)
+    for p in named[len(args) :]:
+        if p.default is p.empty and p.name not in kwargs:
+            raise UserError(f'{where}: key {p.name!r} is required and not set.')
+    return function(*args, **kwargs)
+
+
+def module(package: str, name: str, where: str) -> Any:
+    """Imports `contrastive_jax.<package>.<name>`; an unknown name lists the modules there are."""
+    parent = importlib.import_module(f'contrastive_jax.{package}')
+    names = [m.name for m in pkgutil.iter_modules(parent.__path__)]
+    if name not in names:
+        raise unknown('name', name, names, where)
+    return importlib.import_module(f'contrastive_jax.{package}.{name}')
+
+
+def build(package: str, spec: Mapping[str, Any], where: str, *args: Any, **more: Any) -> Any:
+    """Calls `make(*args, **spec without 'name', **more)` of the module that `spec['name']` names.
+
+    Args:
+        package: 'methods', 'models', 'evals' or 'data.sources'.
+        spec: `name` and the keywords of that module's `make`.
+        where: the config key that the spec came from, for errors: 'config.method'.
+        *args: what `make` takes first.
+        **more: keywords that the config does not set.
+
+    Raises:
+        UserError: unknown module name, unknown keyword or missing keyword.
+    """
+    kwargs = {k: v for k, v in spec.items() if k != 'name'}
+    if 'name' not in spec:
+        raise UserError(f"{where}: key 'name' is required and not set.")
+    make = module(package, spec['name'], where).make
+    return call(make, where, *args, **{**kwargs, **more})
+
+
+def base() -> ConfigDict:
+    """Every top-level key with its meaning; a recipe fills in what is its own."""
+    return ConfigDict(
+        {
+            'seed': 0,
+            # Length: total_steps optimiser steps, or if that is 0, total_epochs over the images.
+            'total_steps': 0,
+            'total_epochs': 0.0,
+            # Images (not views) of one optimiser step, over all devices.
+            'batch_size': 256,
+            # Micro-batches of a step, each with negatives of its own.
+            'accumulate': 1,
+            # Steps between log lines, evaluations (0: at the start and the end) and checkpoints.
+            'log_every': 50,
+            'eval_every': 0,
+            'checkpoint_every': 1000,
+            # How many of the newest checkpoints stay, beside the best one, and what is best.
+            'keep': 2,
+            'best': 'eval/knn/top1',
+            # Also write TensorBoard events; needs the [tensorflow] extra.
+            'tensorboard': False,
+            'data': {
+                # digits, folder, array_record or tfds:<name>; root is the directory of the middle
+                # two (and TFDS' data_dir).
+                'source': '',
+                'root': '',
+                # Share of the images held out for tests where the source has no test split.
+                'holdout': 0.1,
+                # A larger share of unusable images stops the run.
+                'max_bad': 0.01,
+                'image_size': 224,
+                # What encoders see is (pixel / 255 − mean) / std, per channel.
+                'mean': (0.485, 0.456, 0.406),
+                'std': (0.229, 0.224, 0.225),
+                'views': 2,
+                # Random-resized crop of the views, with the probability of a flip.
+                'crop': {'scale': (0.08, 1.0), 'interpolation': 'bicubic', 'flip': 0.5},
+                # Evaluators resize the shorter side to image_size / crop_fraction, then crop.
+                'crop_fraction': 1.0,
+            },
+            # Op -> options, see contrastive_jax.augment; the order of ops is fixed there.
+            'augment': {},
+            # name -> a file of models/, methods/, evals/; the rest are keywords of its make().
+            'model': {},
+            'method': {},
+            'evals': {},
+            # Keywords of optim.make().
+            'optim': {},
+        }
+    )
+
+
+# What a data set, not a recipe, determines.
+_DATASETS: dict[str, dict[str, Any]] = {
+    'digits': {
+        'source': 'digits',
+        'image_size': 8,
+        'mean': (0.305,) * 3,
+        'std': (0.376,) * 3,
+    },
+    'cifar10': {
+        'source': 'tfds:cifar10',
+        'image_size': 32,
+        'mean': (0.4914, 0.4822, 0.4465),
+        'std': (0.2470, 0.2435, 0.2616),
+    },
+    'imagenet': {'source': 'tfds:imagenet2012', 'crop_fraction': 0.875},
+    'folder': {'source': 'folder', 'crop_fraction': 0.875},
+}
+
+
+def dataset(config: ConfigDict, name: str) -> None:
+    """Points a config at a known data set: its source, image size and pixel statistics."""
+    config.data.update(choose('data set', name, _DATASETS))
+
+
+def preset(presets: Mapping[str, Callable[[ConfigDict], None]], arg: str | None) -> ConfigDict:
+    """`base()` filled in by the preset that the argument after the config's ':' names.
+
+    Args:
+        presets: functions that fill a config in; the first one is the default.
+        arg: the text after ':', None or '' for the default.
+    """
+    config = base()
+    choose('preset', arg or next(iter(presets)), presets, 'config')(config)
+    return config.lock()

@@ -1,0 +1,122 @@
+"""Where pictures come from: a source per split, opened by name.
+
+`open_splits` gives sources (record in, uint8 image out); `data.pipeline` turns a source into
+batches. Importing this package imports neither grain nor an image library.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypedDict
+
+from absl import logging
+
+from contrastive_jax import config
+from contrastive_jax.config import UserError
+
+
+class BadRecord(Exception):
+    """A record that cannot be used; its text is the reason."""
+
+
+class Record(TypedDict):
+    """One picture: `image` [H, W, 3] uint8 of any size, `label` (-1 where there is none)."""
+
+    image: Any
+    label: int
+
+
+class Source(Protocol):
+    """Records in random access; `source[i]` may be called from several threads at once.
+
+    `classes` holds the class names in label order, [] where the records have no labels.
+    `source[i]` raises BadRecord(reason) for a record that cannot be used. `describe(i)` names the
+    record for people, a path or 'name[i]', and is unique over the splits.
+    """
+
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+    def describe(self, index: int, /) -> str: ...
+
+
+class Subset:
+    """The records `indices` of a source, in that order."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source, self.indices, self.classes = source, list(indices), source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[self.indices[index]]
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(self.indices[index])
+
+
+def hold_out(
+    source: Source, fraction: float, key: Callable[[int], str], name: str
+) -> dict[str, Source]:
+    """Splits a source without test records into 'train' and 'test' by a hash of each record's key.
+
+    Which side a record falls on depends on its key alone: adding pictures to a folder moves none of
+    the others. At least one record is held out.
+
+    Args:
+        source: all records.
+        fraction: share held out, in [0, 1); 0 gives 'train' alone.
+        key: names record i in a way that does not change: its path below the root, or its number.
+        name: what to call the source in the log.
+
+    Raises:
+        UserError: fraction outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f'config.data.holdout: got {fraction}, expected a share in [0, 1).')
+    if fraction == 0:
+        logging.info('no test split in %s, and config.data.holdout is 0: no test images', name)
+        return {'train': source}
+    digests = [hashlib.sha256(key(i).encode()).digest()[:8] for i in range(len(source))]
+    hashes = [int.from_bytes(d, 'big') / 2**64 for d in digests]
+    limit = max(fraction, min(hashes))
+    test = [i for i, value in enumerate(hashes) if value <= limit]
+    train = [i for i, value in enumerate(hashes) if value > limit]
+    logging.info(
+        'no test split in %s: holding out %g %% = %d images', name, 100 * fraction, len(test)
+    )
+    return {'train': Subset(source, train), 'test': Subset(source, test)}
+
+
+def open_splits(data: Any) -> dict[str, Source]:
+    """Opens the splits of the source that a config names.
+
+    Args:
+        data: a mapping (config.data) with `source`: 'digits', 'folder', 'tfds:<name>' or
+            'array_record', the part before ':' being a module of `data/sources`; `root`: a
+            directory, '' where the source needs none; `holdout`: the share of train that serves as
+            test where the source has no test split (default 0.1). Other keys are not read.
+
+    Returns:
+        'train' and 'test', and 'validation' where the source has one of its own beside a test
+        split. Without any test split and with holdout 0, 'train' alone.
+
+    Raises:
+        UserError: unknown source, or what the source says is missing.
+    """
+    name, _, argument = str(data.get('source', '')).partition(':')
+    options = {key: data[key] for key in ('root', 'holdout') if key in data}
+    spec = {'name': name, 'argument': argument, **options}
+    return config.build('data.sources', spec, 'config.data.source')
+
+
+def reject_argument(argument: str, name: str) -> None:
+    """Raises for 'digits:something' where the source takes nothing after the colon."""
+    if argument:
+        raise UserError(
+            f"config.data.source: {name!r} takes nothing after ':', got {argument!r}. "
+            "A TFDS dataset is 'tfds:<name>'; a folder's place is config.data.root."
+        )

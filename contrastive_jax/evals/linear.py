@@ -1,0 +1,286 @@
+"""Linear classification of frozen features: multinomial logistic regression with an L2 penalty.
+
+The problem is convex, so the result depends on features and labels alone and not on an optimiser's
+schedule: it is solved to its minimum (`contrastive_jax.logistic`).
+
+N: rows, D: features + 1 (the last is constant: its weight is the bias, and is not penalised),
+C: classes, S: sets of rows, P: problems on one set, n: labelled rows of a few-labels set.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax import lax
+
+from contrastive_jax import evals, logistic, parallel
+from contrastive_jax.config import UserError
+
+STRENGTHS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2)
+FOLDS = 5
+TOGETHER = 2**26  # logits of few-labels problems that are solved at a time
+
+
+def make(
+    strengths: Sequence[float] = STRENGTHS,
+    per_class: Sequence[int] = (10,),
+    draws: int = 5,
+    validation_fraction: float = 0.1,
+    tolerance: float = 1e-6,
+    max_iterations: int = 1000,
+    seed: int = 0,
+) -> evals.Evaluate:
+    """Logistic regression on features, its strength of regularisation chosen without test labels.
+
+    Minimises Σ_i −log softmax(W·x_i + b)[label_i] + strength/2 · ‖W‖², scikit-learn's
+    LogisticRegression with C = 1 / strength. Features are standardised by the mean and standard
+    deviation of the labelled training images, of which this uses no label: one grid of strengths
+    then suits features of any scale, and no feature is penalised more for being small.
+
+    With all labels the strength is the one with the highest accuracy on 'validation', or where
+    there is none on a stratified `validation_fraction` of train; the final classifier is fitted to
+    all of these rows. With n labels per class, only the drawn images' labels are used: the strength
+    is chosen by stratified 5-fold cross-validation among them (fewer folds where n is less; for
+    n = 1, where nothing can be left out, the middle of `strengths`). Of equal accuracies the lower
+    cross-entropy decides. The test split is used once, by the final classifiers.
+
+    Args:
+        strengths: candidates, each above 0.
+        per_class: numbers of labels per class to evaluate beside all labels.
+        draws: random subsets each of those is averaged over.
+        validation_fraction: in (0, 1).
+        tolerance: a problem is solved when a step promises to lower its objective by less than
+            this share.
+        max_iterations: of one problem, at least 1.
+        seed: of subsets and validation rows.
+
+    Returns:
+        `evaluate(encoder)`, which yields 'top1', and for each n of per_class the mean and the
+        standard deviation over draws, 'top1_<n>_per_class' and 'top1_<n>_per_class_std'.
+
+    Raises:
+        UserError: a value outside its range.
+
+    The protocol of Radford et al. 2021 (CLIP), appendix A.3, without its finer search.
+    """
+    where = 'config.evals.linear'
+    if not strengths or min(strengths) <= 0:
+        raise UserError(f'{where}.strengths: got {tuple(strengths)}, expected numbers above 0.')
+    if not 0 < validation_fraction < 1:
+        raise UserError(
+            f'{where}.validation_fraction: got {validation_fraction}, expected a share in (0, 1).'
+        )
+    if max_iterations < 1:
+        raise UserError(f'{where}.max_iterations: got {max_iterations}, expected at least 1.')
+    evals.check_draws(where, per_class, draws)
+    # Strongly regularised problems are solved in a few steps, and each is the next one's start.
+    path = sorted(strengths, reverse=True)
+    limits = (np.float32(tolerance), np.int32(max_iterations))
+    said = set()
+
+    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
+        if reason := encoder.missing():
+            if reason not in said:
+                logging.info('the linear classifier is not evaluated: %s', reason)
+                said.add(reason)
+            return
+        train, test = encoder.labelled(), encoder.features('test')
+        classes = max(len(encoder.classes), int(train.label_N.max()) + 1)
+        if 'validation' in encoder.splits and (encoder.features('validation').label_N >= 0).any():
+            held_N = np.arange(len(train.label_N)) >= len(encoder.features('train').label_N)
+            held_N &= train.label_N >= 0
+        else:
+            held_N = held_out(train.label_N, validation_fraction, seed)
+        with jax.set_mesh(encoder.mesh):
+            x_ND, *moments = _standardise(train.x_ND, train.label_N)
+            weights = [_fit_all(x_ND, train.label_N, held_N, path, classes, limits)]
+        scale = Scale(*map(parallel.to_host, moments))
+        for n in per_class:
+            rows = np.stack(evals.draws(train.label_N, n, draws, seed))
+            x = scale(evals.gather(encoder.mesh, train.x_ND, rows))
+            weights += _fit_few(x, train.label_N[rows], path, n, classes, limits)
+        # One call for all: one compilation.
+        W_SDC = np.stack([scale.fold(W_DC) for W_DC in weights])
+        with jax.set_mesh(encoder.mesh):
+            hits_S = parallel.to_host(_hits(test.x_ND, test.label_N, W_SDC))
+        top1 = hits_S / (test.label_N >= 0).sum()
+        yield 'top1', float(top1[0])
+        for n, few in zip(per_class, top1[1:].reshape(-1, draws), strict=True):
+            yield f'top1_{n}_per_class', float(few.mean())
+            yield f'top1_{n}_per_class_std', float(few.std())
+
+    return evaluate
+
+
+def held_out(label_N: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """bool [N]: a random share of each class, rounded up, but never all of a class."""
+    held_N = np.zeros(len(label_N), bool)
+    rng = np.random.default_rng([seed, 0])
+    for c in np.unique(label_N[label_N >= 0]):
+        rows = rng.permutation(np.flatnonzero(label_N == c))
+        held_N[rows[: min(int(np.ceil(fraction * len(rows))), len(rows) - 1)]] = True
+    return held_N
+
+
+def folds(label_n: np.ndarray, count: int) -> np.ndarray:
+    """bool [count, n]: which rows each fold leaves out; every class is spread over the folds."""
+    fold_n = np.zeros(len(label_n), int)
+    for c in np.unique(label_n):
+        rows = np.flatnonzero(label_n == c)
+        # Classes start at different folds, so that folds are equal even if classes are small.
+        fold_n[rows] = (np.arange(len(rows)) + c) % count
+    return fold_n[None, :] == np.arange(count)[:, None]
+
+
+class Scale(NamedTuple):
+    """Standardisation: (x − mean) · inverse, per feature."""
+
+    mean: np.ndarray
+    inverse: np.ndarray
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        x = (x.astype(np.float64) - self.mean) * self.inverse
+        return np.concatenate([x, np.ones((*x.shape[:-1], 1))], -1)
+
+    def fold(self, W_DC: np.ndarray) -> np.ndarray:
+        """The weights that do to raw features what W_DC does to standardised ones."""
+        W = W_DC[:-1] * self.inverse.astype(np.float64)[:, None]
+        return np.concatenate([W, W_DC[-1:] - self.mean @ W]).astype(np.float32)
+
+
+def _fit_all(
+    x_ND: jax.Array,
+    label_N: np.ndarray,
+    held_N: np.ndarray,
+    path: Sequence[float],
+    classes: int,
+    limits: tuple,
+) -> np.ndarray:
+    """Chooses the strength on the rows held out, then fits all labelled rows: W_DC."""
+    labelled_N = label_N >= 0
+    x_1ND = x_ND[None]
+
+    def solve(fit_N: np.ndarray, held_N: np.ndarray, strength: float, W: np.ndarray):
+        # Weights start from the host: wherever they lay, it is the same compiled program.
+        return logistic.to_host(
+            logistic.solve(
+                x_1ND,
+                label_N[None],
+                fit_N[None, None],
+                held_N[None, None],
+                np.float32(strength),
+                W,
+                limits,
+            )
+        )
+
+    W = np.zeros((1, 1, x_ND.shape[1], classes), np.float32)
+    best = len(path) // 2
+    if held_N.any():
+        solutions = []
+        for strength in path:
+            solutions.append(solve(labelled_N & ~held_N, held_N, strength, W))
+            W = solutions[-1].W_SPDC
+        best = int(_choose(solutions)[0])
+        W = solutions[best].W_SPDC
+    solution = solve(labelled_N, np.zeros_like(held_N), path[best], W)
+    _report([solution], path[best], limits)
+    return solution.W_SPDC[0, 0]
+
+
+def _fit_few(
+    x_SnD: np.ndarray,
+    label_Sn: np.ndarray,
+    path: Sequence[float],
+    per_class: int,
+    classes: int,
+    limits: tuple,
+) -> list[np.ndarray]:
+    """Cross-validates and fits S small sets of rows: S times W_DC.
+
+    All folds and the fit to all rows are problems solved side by side. This is little work, which
+    every process does for itself on one device.
+    """
+    S, n, D = x_SnD.shape
+    basis = None
+    if n < D - 1:
+        # The optimum is a combination of the rows, so n coordinates hold all of the problem.
+        u, s, basis = np.linalg.svd(x_SnD[..., :-1], full_matrices=False)
+        x_SnD = np.concatenate([u * s[:, None, :], x_SnD[..., -1:]], -1)
+    # Zeros in front: encoders of different width share one compiled program.
+    width = x_SnD.shape[-1]
+    padding = -(width - 1) % 128
+    x_SnD = np.pad(x_SnD, ((0, 0), (0, 0), (padding, 0))).astype(np.float32)
+    count = min(FOLDS, per_class)
+    held_SPn = np.zeros((S, count + 1 if count > 1 else 1, n), bool)
+    if count > 1:
+        held_SPn[:, :-1] = [folds(label_n, count) for label_n in label_Sn]
+    mesh = parallel.make_mesh(jax.local_devices()[:1])
+    # Large problems (many classes) one set after the other.
+    size = S if S * held_SPn.shape[1] * n * classes <= TOGETHER else 1
+    weights = []
+    for some in (slice(i, i + size) for i in range(0, S, size)):
+        x, label, held = x_SnD[some], label_Sn[some], held_SPn[some]
+        W = np.zeros((size, held.shape[1], x.shape[-1], classes), np.float32)
+        solutions = []
+        with jax.set_mesh(mesh):
+            for strength in path:
+                solution = logistic.solve(x, label, ~held, held, np.float32(strength), W, limits)
+                solutions.append(logistic.to_host(solution))
+                W = solutions[-1].W_SPDC
+        best = _choose(solutions) if count > 1 else [len(path) // 2] * size
+        _report(solutions, [path[b] for b in best], limits)
+        weights += [solutions[b].W_SPDC[i, -1, padding:] for i, b in enumerate(best)]
+    if basis is not None:
+        weights = [
+            np.concatenate([v.T @ W_DC[:-1], W_DC[-1:]])
+            for v, W_DC in zip(basis, weights, strict=True)
+        ]
+    return weights
+
+
+def _choose(solutions: Sequence[logistic.Solution]) -> np.ndarray:
+    """For each set the index of the strength that does best on what its problems held out."""
+    correct = np.stack([s.correct_SP.sum(1) for s in solutions])
+    loss = np.stack([s.loss_SP.sum(1) for s in solutions])
+    return np.lexsort((loss, -correct), axis=0)[0]
+
+
+def _report(solutions: Sequence[logistic.Solution], strength: object, limits: tuple) -> None:
+    logging.debug('linear classifier: strength %s', strength)
+    if max(int(s.iterations) for s in solutions) >= limits[1]:
+        logging.warning(
+            'the linear classifier stopped after max_iterations=%d before it was solved to '
+            'tolerance=%g: its accuracy may be a little low',
+            limits[1],
+            limits[0],
+        )
+
+
+@jax.jit
+def _standardise(x_ND: jax.Array, label_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(rows standardised by the labelled ones, with a constant column; mean; inverse deviation)."""
+    counts_N1 = (label_N >= 0)[:, None]
+    total = counts_N1.sum()
+    mean_D = jnp.where(counts_N1, x_ND, 0.0).sum(0) / total
+    x_ND = jnp.where(counts_N1, x_ND - mean_D[None, :], 0.0)
+    std_D = jnp.sqrt((x_ND**2).sum(0) / total)
+    # A constant feature differs from its mean by rounding alone: 0, not noise scaled up to 1.
+    varies_D = std_D > 1e-5 * jnp.abs(mean_D)
+    inverse_D = jnp.where(varies_D, 1 / jnp.where(varies_D, std_D, 1.0), 0.0)
+    x_ND = jnp.concatenate([x_ND * inverse_D[None, :], jnp.ones((x_ND.shape[0], 1))], 1)
+    return x_ND, mean_D, inverse_D
+
+
+@jax.jit
+def _hits(x_ND: jax.Array, label_N: jax.Array, W_SDC: jax.Array) -> jax.Array:
+    """int [S]: the labelled rows that each classifier, folded by Scale, gets right."""
+
+    def hits(W_DC: jax.Array) -> jax.Array:
+        logits_NC = jnp.matmul(x_ND, W_DC[:-1], precision=lax.Precision.HIGHEST) + W_DC[-1:]
+        return jnp.sum((logits_NC.argmax(1) == label_N) & (label_N >= 0))
+
+    return lax.map(hits, W_SDC)

@@ -1,0 +1,88 @@
+"""`python -m contrastive_jax.main --config=configs/simclr_vit.py --workdir=runs/first`.
+
+Trains, or with --eval_only evaluates, what a config describes. The same command on the same workdir
+continues where it stopped.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from contrastive_jax.config import UserError
+
+CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'A file of configs/, with :preset; --config.key=value changes a key.'
+)
+WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints, records and pictures go.')
+EVAL_ONLY = flags.DEFINE_bool('eval_only', False, "Evaluate the workdir's newest checkpoint.")
+COORDINATOR = flags.DEFINE_string(
+    'coordinator', '', "host:port of process 0 of a multi-process run; 'auto' on TPU pods and SLURM"
+)
+PROCESSES = flags.DEFINE_integer('processes', 1, 'How many processes the run has.', lower_bound=1)
+PROCESS = flags.DEFINE_integer('process', 0, 'Which of them this is.', lower_bound=0)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Flags from the command line; whatever is wrong with them becomes a UserError."""
+    try:
+        rest = flags.FLAGS(list(argv))
+        if len(rest) > 1:
+            raise UserError(f'unexpected argument {rest[1]!r}; options are written --name=value.')
+        for flag in (CONFIG, WORKDIR):
+            if not flag.value:
+                raise UserError(f'--{flag.name} is required, as in: {__doc__.splitlines()[0]}')
+        return rest
+    except FileNotFoundError as error:
+        raise UserError(f'--config: {error}') from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(str(error.args[0] if error.args else error)) from error
+
+
+def compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, so that a second start is quick."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+        jax.config.update('jax_compilation_cache_dir', os.path.join(cache, 'contrastive_jax/xla'))
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    # Not before flags are parsed: a typo is answered at once.
+    from contrastive_jax import parallel, train
+
+    logging.set_verbosity(logging.INFO)
+    compilation_cache()
+    parallel.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    train.run(CONFIG.value, WORKDIR.value, eval_only=EVAL_ONLY.value)
+
+
+def run() -> None:
+    """The command: a user's mistake is one message and exit code 2, never a traceback."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        try:
+            main(argv)
+        except UserError as error:
+            fail(error)
+
+    def fail(error: UserError) -> None:
+        print(f'error: {error}', file=sys.stderr, flush=True)
+        # A process that joined others must not wait for them at exit.
+        os._exit(2)
+
+    try:
+        app.run(guarded, flags_parser=parse)
+    except UserError as error:
+        fail(error)
+
+
+if __name__ == '__main__':
+    run()

@@ -1,0 +1,218 @@
+"""Records of a run: metrics.jsonl, TensorBoard events, the progress line and the closing table."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from contrastive_jax.config import UserError
+
+FILE = 'metrics.jsonl'
+
+
+class Writer:
+    """Appends to `workdir/metrics.jsonl` one JSON object a log event, and TensorBoard events.
+
+    Other processes than the first write nothing.
+    """
+
+    def __init__(self, workdir: str, *, tensorboard: bool = False, enabled: bool | None = None):
+        """
+        Args:
+            workdir: an existing directory, or a bucket's URL.
+            tensorboard: whether to write events for TensorBoard, too. Needs TensorFlow, which is
+                imported at the first write.
+            enabled: whether this process writes; by default the first does.
+
+        Raises:
+            UserError: tensorboard without TensorFlow.
+        """
+        self._enabled = jax.process_index() == 0 if enabled is None else enabled
+        self._workdir, self._tensorboard, self._events = workdir, tensorboard, None
+        if tensorboard and importlib.util.find_spec('tensorflow') is None:
+            raise UserError(
+                'config.tensorboard: got True, but TensorFlow is not installed. Install it with '
+                "`pip install 'contrastive-jax[tensorflow]'`; metrics.jsonl is written without."
+            )
+
+    def resume(self, step: int) -> None:
+        """Drops records of later steps than the one the run continues at, so that none is double.
+
+        At step 0 nothing was saved, and everything starts anew.
+        """
+        path = epath.Path(self._workdir) / FILE
+        if not self._enabled or not path.exists():
+            return
+        kept = [r for r in read(self._workdir) if r['step'] <= step] if step > 0 else []
+        # A rename is atomic: whenever the process is killed, the old file is whole or the new one.
+        temporary = path.with_name(f'{FILE}.tmp')
+        temporary.write_text(''.join(_line(r) for r in kept))
+        temporary.replace(path)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Records values of a step; what is not finite becomes null, because NaN is not JSON."""
+        if not self._enabled:
+            return
+        record = {'step': int(step)} | {k: _finite(v) for k, v in values.items()}
+        with (epath.Path(self._workdir) / FILE).open('a') as file:
+            file.write(_line(record))
+        if self._tensorboard:
+            if self._events is None:
+                self._events = _tensorboard(self._workdir)
+            self._events.write_scalars(step, {k: float(v) for k, v in values.items()})
+            self._events.flush()
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+def read(workdir: str) -> list[dict[str, Any]]:
+    """The records of a run, in the order written; none where there is no file.
+
+    A last line that a killed process left unfinished is passed over.
+    """
+    path = epath.Path(workdir) / FILE
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f'{path}, line {number}: not JSON ({error}).') from error
+    return records
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + '\n'
+
+
+def _finite(value: Any) -> int | float | None:
+    if isinstance(value, int):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+def _tensorboard(workdir: str) -> Any:
+    import tensorflow as tf
+
+    # TensorFlow must not take the accelerators' memory, which JAX needs.
+    for kind in ('GPU', 'TPU'):
+        tf.config.set_visible_devices([], kind)
+    from clu import metric_writers
+
+    return metric_writers.SummaryWriter(workdir)
+
+
+class Progress:
+    """Speed and time left.
+
+    Images per second are those of training alone: compilation (all up to the first step), and what
+    happens within `pause` (evaluation, checkpoints) do not count. The time left does include
+    pauses, as many as there were so far.
+    """
+
+    def __init__(self, start: int, total: int, batch_size: int):
+        """
+        Args:
+            start: the step the run starts or continues at.
+            total: the last step.
+            batch_size: images a step, over all devices.
+        """
+        self._total, self._batch_size = total, batch_size
+        self._step, self._origin = start, None
+        self._time = self._mark_time = 0.0
+        self._mark_step = start
+        self._paused = self._mark_paused = 0.0
+        self._rate: float | None = None
+        self._left: float | None = None
+
+    def step(self, step: int) -> None:
+        """Says that a step has been made, or been given to the devices."""
+        self._step = step
+        if self._origin is None:
+            self._origin = step
+            self._time = self._mark_time = time.monotonic()
+            self._mark_step = step
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens within is not training."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - start
+
+    def values(self) -> dict[str, float]:
+        """Images per second since the last call; nothing before the second step."""
+        if self._origin is None or self._step <= self._mark_step:
+            return {}
+        now = time.monotonic()
+        spent = now - self._mark_time - (self._paused - self._mark_paused)
+        steps = self._step - self._mark_step
+        self._rate = steps * self._batch_size / max(spent, 1e-9)
+        # The whole run so far, because a single stretch may be exceptional.
+        self._left = (self._total - self._step) * (now - self._time) / (self._step - self._origin)
+        self._mark_time, self._mark_step, self._mark_paused = now, self._step, self._paused
+        return {'train/images_per_second': self._rate}
+
+    def line(self, values: Mapping[str, float], bad: int = 0) -> str:
+        """The log line of a step, after `values()`.
+
+        'step 300/2000  loss 3.412  lr 0.0012  812 images/s  1:42 left'
+
+        Args:
+            values: metrics; 'train/loss' and 'train/learning_rate' are shown.
+            bad: records that could not be used, shown if any.
+        """
+        parts = [f'step {self._step}/{self._total}']
+        if 'train/loss' in values:
+            parts.append(f'loss {values["train/loss"]:.4g}')
+        if 'train/learning_rate' in values:
+            parts.append(f'lr {values["train/learning_rate"]:.2g}')
+        if self._rate is not None and self._left is not None:
+            digits = 0 if self._rate >= 10 else 1
+            parts += [f'{self._rate:,.{digits}f} images/s', f'{_duration(self._left)} left']
+        if bad:
+            parts.append(f'{bad} bad records')
+        return '  '.join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f'{days} d {hours} h'
+    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def table(rows: Mapping[str, Sequence[float | None]], columns: Sequence[str]) -> str:
+    """Accuracies as text, in per cent.
+
+    Args:
+        rows: name -> one fraction in [0, 1] a column, None where there is none.
+        columns: their names.
+    """
+    cells = [['', *columns]]
+    for name, values in rows.items():
+        shown = ['–' if v is None or not math.isfinite(v) else f'{100 * v:.1f}' for v in values]
+        cells.append([name, *shown])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, '─' * (sum(widths) + 2 * len(columns)))
+    return '\n'.join(lines)

@@ -1,0 +1,205 @@
+"""Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929): pre-norm, any image size.
+
+Dimension key: B batch, H W image, C channels, P patch, N patches, T tokens (N, or N + 1 with CLS),
+D width, K heads, F width of a head.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from contrastive_jax.config import UserError, choose
+
+SIZES = {  # Touvron et al. 2021 (Ti, S), Dosovitskiy et al. 2021 table 1 (B, L)
+    'Ti': {'width': 192, 'depth': 12, 'heads': 3},
+    'S': {'width': 384, 'depth': 12, 'heads': 6},
+    'B': {'width': 768, 'depth': 12, 'heads': 12},
+    'L': {'width': 1024, 'depth': 24, 'heads': 16},
+    'custom': {},
+}
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+POOLS = {'cls': True, 'mean': False}  # has a CLS token?
+POSITIONS = ('sincos2d', 'learned')
+
+# Initialisation as MoCo v3 (Chen et al. 2021): Xavier-uniform kernels, zero biases, and each of
+# q, k, v as a matrix of its own: sqrt(6 / (D + D)) = sqrt(3 / D), the bound of LeCun-uniform.
+xavier = nn.initializers.xavier_uniform()
+xavier_qkv = nn.initializers.lecun_uniform()
+
+
+def sincos2d(rows: int, columns: int, width: int, temperature: float = 10000.0) -> np.ndarray:
+    """Fixed 2-D positions: half of the channels for the row, half for the column.
+
+    Args:
+        rows, columns: patches in the grid.
+        width: channels, divisible by 4.
+        temperature: the longest wavelength is 2π times about this many patches.
+
+    Returns:
+        [rows * columns, width] float32 `[sin(rω), cos(rω), sin(cω), cos(cω)]` with
+        ω_i = temperature^(−i / (width / 4)), patches in row-major order.
+
+    Source: MoCo v3 (Chen et al. 2021, arXiv:2104.02057), section 5; equal to its code.
+    """
+    omega = temperature ** (-np.arange(width // 4) / (width // 4))
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    angles = [row[:, None] * omega[None, :], column[:, None] * omega[None, :]]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1, dtype=np.float32)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of tokens that are flattened to [B T, D]; softmax in float32."""
+
+    heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, batch: int) -> jax.Array:
+        width = x.shape[-1]
+        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=xavier_qkv, name='qkv')(x)
+        q, k, v = rearrange(
+            qkv, '(B T) (three K F) -> three B K T F', B=batch, three=3, K=self.heads
+        )
+        q = q * (width // self.heads) ** -0.5
+        scores = jnp.einsum('BKTF,BKSF->BKTS', q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        x = rearrange(jnp.einsum('BKTS,BKSF->BKTF', weights, v), 'B K T F -> (B T) (K F)')
+        return nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name='out')(x)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    heads: int
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, batch: int) -> jax.Array:
+        y = nn.LayerNorm(dtype=self.dtype, name='norm1')(x)
+        x = x + Attention(self.heads, self.dtype, name='attention')(y, batch)
+        y = nn.LayerNorm(dtype=self.dtype, name='norm2')(x)
+        y = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, name='mlp1')(y)
+        # Paper: exact GELU; here: its tanh form, because exact costs 2.5 times as much on a CPU.
+        y = nn.gelu(y, approximate=True)
+        return x + nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name='mlp2')(y)
+
+
+class ViT(nn.Module):
+    """See `make`."""
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    patch: int
+    pool: str
+    position: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del train  # no dropout, no batch statistics
+        batch, height, wide = x.shape[:3]
+        if height % self.patch or wide % self.patch or min(height, wide) < 1:
+            raise UserError(
+                f'config.model: got images of {height} x {wide} pixels and patch={self.patch}; '
+                'height and width must be multiples of the patch.'
+            )
+        rows, columns = height // self.patch, wide // self.patch
+        # A convolution of stride P, as one matrix product.
+        x = rearrange(x, 'B (h p) (w q) C -> (B h w) (p q C)', p=self.patch, q=self.patch)
+        x = nn.Dense(self.width, dtype=self.dtype, kernel_init=xavier, name='patch_embedding')(x)
+        x = x.reshape(batch, rows * columns, self.width)
+
+        has_cls = POOLS[self.pool]
+        if has_cls:  # std 1e-6: MoCo v3, from timm
+            cls = self.param('cls_token', nn.initializers.normal(1e-6), (1, 1, self.width))
+            cls = jnp.broadcast_to(cls.astype(x.dtype), (batch, 1, self.width))
+            x = jnp.concatenate([cls, x], axis=1)
+        x = x + self._positions(rows, columns, has_cls).astype(x.dtype)
+
+        # One matrix [B T, D] from here on: XLA on CPU takes half the time over 2-D products.
+        x = rearrange(x, 'B T D -> (B T) D')
+        for i in range(self.depth):
+            x = Block(self.heads, self.hidden, self.dtype, name=f'block{i}')(x, batch)
+        x = nn.LayerNorm(dtype=jnp.float32, name='norm')(x)
+        x = rearrange(x, '(B T) D -> B T D', B=batch)
+
+        if has_cls:
+            return x[:, 0], {'cls': x[:, 0], 'patches': x[:, 1:]}
+        return x.mean(axis=1), {'patches': x}
+
+    def _positions(self, rows: int, columns: int, has_cls: bool) -> jax.Array:
+        if self.position == 'learned':
+            shape = (1, rows * columns + has_cls, self.width)
+            return self.param('position_embedding', nn.initializers.normal(0.02), shape)
+        fixed = sincos2d(rows, columns, self.width)
+        return jnp.asarray(np.pad(fixed, ((int(has_cls), 0), (0, 0)))[None])  # CLS gets zeros
+
+
+def make(
+    *,
+    size: str = 'custom',
+    width: int | None = None,
+    depth: int | None = None,
+    heads: int | None = None,
+    patch: int = 16,
+    pool: str = 'cls',
+    position: str = 'sincos2d',
+    mlp_ratio: float = 4.0,
+    dtype: str = 'float32',
+) -> ViT:
+    """A ViT for images whose height and width are multiples of `patch`, square or not.
+
+    Called as `module(x_BHWC, train)`, it returns features [B, D] after the final LayerNorm and
+    `{'patches': [B, N, D]}`, with `'cls': [B, D]` too if pool is 'cls'; all float32.
+
+    Args:
+        size: 'Ti', 'S', 'B', 'L', or 'custom', which needs width, depth and heads.
+        width, depth, heads: set, they replace those of `size` (MoCo v3's ViT-S has 12 heads).
+            width is a multiple of heads, and of 4 with sincos2d.
+        patch: side of a patch in pixels, at least 1.
+        pool: 'cls' (features are the CLS token) or 'mean' (of the patches; there is no CLS token).
+        position: 'sincos2d' (fixed, see `sincos2d`; zeros for CLS), or 'learned' (initialised at
+            0.02; the number of patches is fixed by the first image).
+        mlp_ratio: hidden width of the MLP over width, above 0.
+        dtype: of the computation, 'float32' or 'bfloat16'. Parameters, softmax, the statistics of
+            LayerNorm and the results are float32 in both.
+
+    Raises:
+        UserError: a value outside those, or (when called) images that do not divide into patches.
+
+    Source: Dosovitskiy et al. 2021, arXiv:2010.11929; initialisation of MoCo v3 (Chen et al. 2021,
+    arXiv:2104.02057).
+    """
+    where = 'config.model'
+    given = {'width': width, 'depth': depth, 'heads': heads}
+    shape: dict[str, int] = dict(choose('size', size, SIZES, where))
+    shape |= {k: v for k, v in given.items() if v is not None}
+    for key in given:
+        if key not in shape:
+            raise UserError(f'{where}: size={size!r} needs the key {key!r}, which is not set.')
+    numbers = shape | {'patch': patch, 'mlp_ratio': mlp_ratio}
+    for key, value in numbers.items():
+        if value <= 0:
+            raise UserError(f'{where}.{key}: got {value}; expected more than 0.')
+    width, heads = shape['width'], shape['heads']
+    choose('position', position, dict.fromkeys(POSITIONS), where)
+    choose('pool', pool, POOLS, where)
+    if width % heads:
+        raise UserError(f'{where}: got width={width}, heads={heads}; heads must divide width.')
+    if position == 'sincos2d' and width % 4:
+        raise UserError(f"{where}: got width={width}; position='sincos2d' needs a multiple of 4.")
+    return ViT(
+        width=width,
+        depth=shape['depth'],
+        heads=heads,
+        hidden=round(width * mlp_ratio),
+        patch=patch,
+        pool=pool,
+        position=position,
+        dtype=choose('dtype', dtype, DTYPES, where),
+    )

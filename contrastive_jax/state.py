@@ -1,0 +1,93 @@
+"""TrainState and the functions that make and advance it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from contrastive_jax.method import Batch, Method, Metrics, Tree
+
+
+class TrainState(NamedTuple):
+    """Everything that must survive a restart.
+
+    No key is stored: the randomness of step s is `fold_in(key(seed), s)`.
+    """
+
+    step: jax.Array  # int32 scalar: optimiser steps taken
+    params: Tree
+    opt: Tree
+    extra: Tree  # the method's own: see method.Method
+
+
+def make_init(
+    method: Method, tx: optax.GradientTransformation, seed: int
+) -> Callable[[Batch], TrainState]:
+    """`init(batch) -> TrainState`, to be jitted (two leaves of a state must not alias)."""
+
+    def init(batch: Batch) -> TrainState:
+        # A stream of its own: steps fold their number into key(seed).
+        params, extra = method.init(jax.random.key(seed ^ 0x5EED), batch)
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), extra)
+
+    return init
+
+
+def make_step(
+    method: Method,
+    tx: optax.GradientTransformation,
+    augment: Callable[[jax.Array, jax.Array], jax.Array],
+    seed: int,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    Args:
+        method: gives the loss.
+        tx: the optimiser.
+        augment: `(key, views [B, V, H, W, 3] uint8) -> float`, over the whole global batch.
+        seed: of augmentation and of whatever the loss draws.
+        accumulate: the batch is cut into this many micro-batches whose gradients are averaged.
+            Each micro-batch has its own loss (its own negatives, its own BatchNorm statistics).
+    """
+
+    def gradient(params: Tree, extra: Tree, batch: Batch, key: jax.Array, step: jax.Array):
+        grad = jax.value_and_grad(method.loss, has_aux=True)
+        (loss, (extra, metrics)), grads = grad(params, extra, batch, key, step)
+        return grads, extra, {'loss': loss, **metrics}
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        augment_key, loss_key = jax.random.split(
+            jax.random.fold_in(jax.random.key(seed), state.step)
+        )
+        batch = {**batch, 'views': augment(augment_key, batch['views'])}
+        if accumulate == 1:
+            grads, extra, metrics = gradient(
+                state.params, state.extra, batch, loss_key, state.step
+            )
+        else:
+            # Row i goes to micro-batch i % accumulate, so that each keeps its rows spread over
+            # the devices as they are and nothing moves.
+            parts = jax.tree.map(
+                lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch
+            )
+            keys = jax.random.split(loss_key, accumulate)
+
+            def body(carry: tuple[Tree, Tree], part: tuple[Batch, jax.Array]):
+                grads, extra = carry
+                more, extra, metrics = gradient(state.params, extra, *part, state.step)
+                return (jax.tree.map(jnp.add, grads, more), extra), metrics
+
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            (grads, extra), metrics = jax.lax.scan(body, (zeros, state.extra), (parts, keys))
+            grads = jax.tree.map(lambda g: g / accumulate, grads)
+            metrics = jax.tree.map(lambda m: m.mean(0), metrics)
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        extra = method.after(params, extra, state.step)
+        metrics = {**metrics, 'grad_norm': optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt, extra), metrics
+
+    return step

@@ -1,0 +1,420 @@
+"""The training loop: data, method, restore, step, log, evaluate, save. It names no method.
+
+`run` is the whole program behind `main`. A killed run that is started again goes on with the same
+bits: its checkpoint holds the TrainState and the position in the data, and the randomness of a step
+depends on the seed and the step alone.
+"""
+
+import functools
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from contrastive_jax import STARTED, augment, checkpoint, data, evals, figures, optim, parallel
+from contrastive_jax import config as config_lib
+from contrastive_jax import metrics as records
+from contrastive_jax.config import UserError, build
+from contrastive_jax.data import pipeline
+from contrastive_jax.method import Method
+from contrastive_jax.state import TrainState, make_init, make_step
+
+PIXELS = 'pixels_'  # prefix of the raw-pixel baseline's metric names
+
+
+class Parts(NamedTuple):
+    """What a config describes, built."""
+
+    splits: dict[str, data.Source]
+    bad: pipeline.BadRecords
+    method: Method
+    evaluators: dict[str, evals.Evaluate]
+    schedule: Callable[[int], jax.Array]
+    augment: Callable[[jax.Array, jax.Array], jax.Array]
+    total_steps: int
+    init: Callable[[], TrainState]
+    step: Callable[..., Any]
+
+
+def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[str, float]:
+    """Trains to the end, continuing what the workdir holds, or evaluates its newest checkpoint.
+
+    Args:
+        config: `config.base()` filled in by a recipe.
+        workdir: a directory or a bucket's URL, created if missing.
+        eval_only: evaluate the newest checkpoint, change nothing but its records.
+
+    Returns:
+        The last evaluation's metrics.
+
+    Raises:
+        UserError: a mistake in the config, in the data or about the workdir; a loss that is NaN
+            or infinite.
+    """
+    mesh = parallel.make_mesh()
+    parallel.check_batch(mesh, config.batch_size, config.accumulate)
+    for key in config:
+        if key not in config_lib.base():
+            raise config_lib.unknown('key', key, config_lib.base(), 'config')
+    checkpoint.claim(workdir, config.to_dict(), create=not eval_only)
+    with jax.set_mesh(mesh):
+        parts = build_parts(config, workdir, mesh)
+        writer = records.Writer(workdir, tensorboard=config.tensorboard)
+        checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.best)
+        try:
+            if eval_only:
+                return _evaluate_only(config, workdir, mesh, parts, checkpoints, writer)
+            return _train(config, workdir, mesh, parts, checkpoints, writer)
+        finally:
+            checkpoints.close()
+            writer.close()
+
+
+def build_parts(config: ConfigDict, workdir: str | None, mesh: jax.sharding.Mesh) -> Parts:
+    """Everything a config names; mistakes in it are found here, before anything runs."""
+    method = build(
+        'methods', config.method, 'config.method', build('models', config.model, 'config.model')
+    )
+    evaluators = {
+        name: build('evals', {'name': name, **options}, f'config.evals.{name}')
+        for name, options in config.evals.items()
+    }
+    d = config.data
+    pictures = augment.make(
+        config.augment.to_dict(), views=d.views, image_size=d.image_size, mean=d.mean, std=d.std
+    )
+    splits = data.open_splits(d)
+    listed = epath.Path(workdir) / 'bad_records.jsonl' if workdir else None
+    bad = pipeline.BadRecords(listed, sum(map(len, splits.values())), d.max_bad)
+    total_steps = config.total_steps or round(
+        config.total_epochs * len(splits['train']) / config.batch_size
+    )
+    if total_steps < 1:
+        raise UserError(
+            f'config.total_steps: got {config.total_steps} and config.total_epochs '
+            f'{config.total_epochs:g}; expected one of them to be above 0.'
+        )
+    tx, schedule = config_lib.call(
+        optim.make,
+        'config.optim',
+        **config.optim,
+        total_steps=total_steps,
+        batch_size=config.batch_size,
+    )
+    size = (1, d.views, d.image_size, d.image_size, 3)
+    example = {
+        'views': jnp.zeros(size),
+        'label': jnp.zeros(1, jnp.int32),
+        'index': jnp.zeros(1, jnp.int32),
+    }
+    whole, split = parallel.replicated(mesh), parallel.rows(mesh)
+    init = make_init(method, tx, config.seed)
+    step = make_step(method, tx, pictures, config.seed, config.accumulate)
+    return Parts(
+        splits,
+        bad,
+        method,
+        evaluators,
+        schedule,
+        pictures,
+        total_steps,
+        jax.jit(lambda: init(example), out_shardings=whole),
+        jax.jit(step, donate_argnums=0, in_shardings=(whole, split), out_shardings=whole),
+    )
+
+
+def _train(
+    config: ConfigDict,
+    workdir: str,
+    mesh: jax.sharding.Mesh,
+    parts: Parts,
+    checkpoints: checkpoint.Checkpoints,
+    writer: records.Writer,
+) -> dict[str, float]:
+    d = config.data
+    iterator = pipeline.train_iterator(
+        parts.splits['train'],
+        batch_size=config.batch_size,
+        views=d.views,
+        image_size=d.image_size,
+        crop=d.crop.to_dict(),
+        seed=config.seed,
+        bad=parts.bad,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    state = checkpoints.restore(_abstract(parts, mesh), iterator)
+    start = 0 if state is None else int(state.step)
+    writer.resume(start)
+    if state is None:
+        state = parts.init()
+        _overview(state, workdir)
+        # The baselines: raw pixels and the untrained encoder.
+        values = _evaluate(config, parts, mesh, None)
+        values |= _evaluate(config, parts, mesh, state)
+        writer.write(0, values)
+    elif start >= parts.total_steps:
+        logging.info('%s is complete: %d steps', workdir, start)
+    else:
+        logging.info('continuing %s at step %d of %d', workdir, start, parts.total_steps)
+
+    progress = records.Progress(start, parts.total_steps, config.batch_size)
+    values: dict[str, float] = {}
+    with _Stop() as stop:
+        pending: list[tuple[int, Any, np.ndarray]] = []
+        step = start
+        while step < parts.total_steps:
+            batch = next(iterator)
+            state, measured = parts.step(state, parallel.shard_batch(mesh, batch))
+            step += 1
+            if step == start + 1:
+                jax.block_until_ready(measured)
+                logging.info('first training step after %.1f s', time.monotonic() - STARTED)
+            progress.step(step)
+            pending.append((step, measured, batch['index']))
+            evaluate = step == parts.total_steps or (
+                config.eval_every and step % config.eval_every == 0
+            )
+            log = evaluate or step % config.log_every == 0 or step == start + 1
+            save = evaluate or step % config.checkpoint_every == 0
+            stopping = stop.now(step)
+            # One step stays in flight while the host makes the next batch, unless the state that
+            # came of it is about to be used.
+            while len(pending) > (0 if log or save or stopping else 1):
+                measured = _check(parts, *pending.pop(0))
+            if log:
+                values = {f'train/{k}': v for k, v in measured.items()}
+                values |= progress.values() | {'train/bad_records': parts.bad.count}
+                logging.info(progress.line(values, parts.bad.count))
+                writer.write(step, values)
+                if step == start + 1 or evaluate:
+                    _draw(config, workdir, parts, batch, views=step == start + 1)
+            if evaluate:
+                with progress.pause():
+                    values = _evaluate(config, parts, mesh, state)
+                writer.write(step, values)
+            if save or stopping:
+                with progress.pause():
+                    checkpoints.save(state, iterator, step, values if evaluate else None)
+            if stopping:
+                logging.info(
+                    'stopped by a signal and saved at step %d; the same command continues', step
+                )
+                return values
+    iterator.close()
+    _summary(workdir, parts)
+    return values
+
+
+def _evaluate_only(
+    config: ConfigDict,
+    workdir: str,
+    mesh: jax.sharding.Mesh,
+    parts: Parts,
+    checkpoints: checkpoint.Checkpoints,
+    writer: records.Writer,
+) -> dict[str, float]:
+    state = checkpoints.restore(_abstract(parts, mesh))
+    if state is None:
+        raise UserError(f'--eval_only: there is no complete checkpoint in {workdir}/checkpoints.')
+    values = _evaluate(config, parts, mesh, state)
+    writer.write(int(state.step), values)
+    _summary(workdir, parts)
+    return values
+
+
+def _abstract(parts: Parts, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without computing one."""
+    whole = parallel.replicated(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+        jax.eval_shape(parts.init),
+    )
+
+
+def _evaluate(
+    config: ConfigDict, parts: Parts, mesh: jax.sharding.Mesh, state: TrainState | None
+) -> dict[str, float]:
+    """What every evaluator says of a state's encoder, or with None of the raw pixels."""
+    d = config.data
+    whole, split = parallel.replicated(mesh), parallel.rows(mesh)
+
+    if state is None:
+
+        @jax.jit
+        def encode(batch: dict[str, jax.Array]) -> jax.Array:
+            images = batch['image'].astype(jnp.float32) / 255.0
+            # Of large photographs every pixel would not fit: 32 × 32 tells as much here.
+            side = min(d.image_size, 32)
+            images = jax.image.resize(images, (images.shape[0], side, side, 3), 'linear')
+            return images.reshape(images.shape[0], -1)
+
+    else:
+        forward = _forward(parts.method, tuple(d.mean), tuple(d.std), whole, split)
+
+        def encode(batch: dict[str, jax.Array]) -> jax.Array:
+            return forward(state.params, state.extra, batch)
+
+    def batches(name: str) -> Iterator[dict[str, np.ndarray]]:
+        return pipeline.eval_batches(
+            parts.splits[name],
+            batch_size=config.batch_size,
+            image_size=d.image_size,
+            bad=parts.bad,
+            crop_fraction=d.crop_fraction,
+            interpolation=d.crop.interpolation,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    encoder = evals.Encoder(
+        encode, tuple(parts.splits), parts.splits['train'].classes, batches, mesh
+    )
+    prefix = PIXELS if state is None else ''
+    values: dict[str, float] = {}
+    for name, evaluate in parts.evaluators.items():
+        start = time.monotonic()
+        found = {f'eval/{name}/{prefix}{k}': v for k, v in evaluate(encoder)}
+        values |= found
+        what = 'raw pixels' if state is None else f'step {int(state.step)}'
+        said = '  '.join(f'{k} {v:.4g}' for k, v in found.items())
+        logging.info('%s: %s (%.1f s)', what, said or 'nothing', time.monotonic() - start)
+    return values
+
+
+@functools.lru_cache(maxsize=2)
+def _forward(method: Method, mean: tuple, std: tuple, whole: Any, split: Any) -> Callable:
+    """`(params, extra, batch of uint8 images) -> features`, compiled once for all evaluations."""
+
+    def forward(params: Any, extra: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        images = augment.normalize(batch['image'], mean, std)
+        return method.encode(params, extra, {'image': images})['features']
+
+    return jax.jit(forward, in_shardings=(whole, whole, split), out_shardings=split)
+
+
+def _check(
+    parts: Parts, step: int, measured: dict[str, jax.Array], index: np.ndarray
+) -> dict[str, float]:
+    """A step's metrics on the host.
+
+    Raises:
+        UserError: loss or gradient is NaN or infinite: which step, learning rate and images.
+    """
+    rate = float(parts.schedule(step - 1))
+    values = {k: float(v) for k, v in measured.items()} | {'learning_rate': rate}
+    if not (math.isfinite(values['loss']) and math.isfinite(values['grad_norm'])):
+        source = parts.splits['train']
+        names = [source.describe(int(i)) for i in index[:8]]
+        raise UserError(
+            f'step {step}: loss {values["loss"]}, gradient norm {values["grad_norm"]}, at learning '
+            f'rate {rate:.3g}. The batch: {", ".join(names)}'
+            f'{f" and {len(index) - 8} more" if len(index) > 8 else ""}. Nothing was saved since '
+            'the last checkpoint. A lower config.optim.learning_rate, a longer config.optim.warmup '
+            'or config.optim.clip_norm may help.'
+        )
+    return values
+
+
+def _draw(
+    config: ConfigDict,
+    workdir: str,
+    parts: Parts,
+    batch: dict[str, np.ndarray],
+    views: bool,
+) -> None:
+    """views.png from a batch (once), and curves.png from the records."""
+    if jax.process_index() != 0:
+        return
+    if views:
+        some = jax.device_put(batch['views'][:16], jax.local_devices()[0])
+        shown = jax.jit(parts.augment)(jax.random.key(config.seed), some)
+        shown = np.asarray(shown) * np.array(config.data.std) + np.array(config.data.mean)
+        figures.views_grid(shown, epath.Path(workdir) / 'views.png')
+    else:
+        figures.training_curves(records.read(workdir), epath.Path(workdir) / 'curves.png')
+
+
+def _overview(state: TrainState, workdir: str) -> None:
+    """parameters.txt: every parameter's name, shape and size."""
+    text = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    if jax.process_index() == 0:
+        (epath.Path(workdir) / 'parameters.txt').write_text(text + '\n')
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    logging.info(
+        '%s parameters, %.1f MB of state; see parameters.txt',
+        f'{count:,}',
+        parallel.tree_bytes(state) / 1e6,
+    )
+
+
+def _summary(workdir: str, parts: Parts) -> None:
+    """Prints the closing table and writes it to results.json."""
+    if jax.process_index() != 0:
+        return
+    last: dict[str, float] = {}
+    first: dict[str, float] = {}
+    for record in records.read(workdir):
+        found = {k: v for k, v in record.items() if k.startswith('eval/')}
+        if record['step'] == 0:
+            first |= found
+        else:
+            last |= found
+    columns = ['raw pixels', 'untrained', 'trained']
+    rows: dict[str, list[float | None]] = {}
+    for key in [k for k in last or first if k.endswith(('top1', 'per_class'))]:
+        _, evaluator, metric = key.split('/')
+        if metric.startswith(PIXELS):
+            continue
+        labels = metric.removeprefix('top1').strip('_').removesuffix('_per_class')
+        name = f'{evaluator}, {f"{labels} labels per class" if labels else "all labels"}'
+        pixels = first.get(f'eval/{evaluator}/{PIXELS}{metric}')
+        rows[name] = [pixels, first.get(key), last.get(key)]
+    if not rows:
+        return
+    test = len(parts.splits.get('test', ()))
+    print(f'\nTop-1 accuracy (%) on {test} held-out images, linear classifiers on frozen features\n')
+    print(records.table(rows, columns), flush=True)
+    path = epath.Path(workdir) / 'results.json'
+    table = {name: dict(zip(columns, values, strict=True)) for name, values in rows.items()}
+    path.write_text(json.dumps(table, indent=2) + '\n')
+
+
+class _Stop:
+    """Whether SIGTERM (or one Ctrl-C) asks the run to save and end."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> '_Stop':
+        def ask(number: int, frame: Any) -> None:
+            del frame
+            self._asked = True
+            signal.signal(number, self._former[number])  # the second one ends at once
+
+        # With several processes JAX's own service tells every one of them the same step to stop at.
+        numbers = [signal.SIGTERM, signal.SIGINT] if jax.process_count() == 1 else []
+        for number in numbers:
+            self._former[number] = signal.signal(number, ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def now(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked

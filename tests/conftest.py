@@ -1,0 +1,13 @@
+"""Eight CPU devices for every test, and JAX's strictest rank rules."""
+
+import os
+
+# Before jax is imported anywhere: the backend reads these once.
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import jax
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')

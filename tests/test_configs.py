@@ -1,0 +1,82 @@
+"""Every config and every preset builds, and its step runs abstractly on its own shapes."""
+
+import importlib.util
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from contrastive_jax import parallel, train
+from contrastive_jax.config import UserError, base
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def presets(path):
+    """The presets of a config are what its docstring's table lists, and it lists all of them."""
+    module = load(path)
+    listed = re.findall(r'`:(\w+)`', module.__doc__)
+    with pytest.raises(UserError, match='unknown preset') as error:
+        module.get_config('nonesuch')
+    exist = re.findall(r"'(\w+)'", str(error.value).split('Exists:')[1])
+    assert sorted(listed) == sorted(exist), f'{path.name}: docstring and presets differ'
+    return listed
+
+
+ALL = [(path, name) for path in CONFIGS for name in presets(path)]
+
+
+class Blank:
+    """As many images as a preset needs, of which none is read."""
+
+    classes = ('a', 'b')
+
+    def __len__(self):
+        return 50_000
+
+    def __getitem__(self, index):
+        return {'image': np.zeros((8, 8, 3), np.uint8), 'label': 0}
+
+    def describe(self, index):
+        return f'blank[{index}]'
+
+
+@pytest.mark.parametrize(('path', 'name'), ALL, ids=[f'{p.stem}:{n}' for p, n in ALL])
+def test_preset_builds_and_steps_abstractly(path, name, monkeypatch):
+    config = load(path).get_config(name)
+    assert set(config) == set(base())
+    assert config.is_locked
+    monkeypatch.setattr(train.data, 'open_splits', lambda data: {'train': Blank(), 'test': Blank()})
+    mesh = parallel.make_mesh()
+    parallel.check_batch(mesh, config.batch_size, config.accumulate)
+    with jax.set_mesh(mesh):
+        parts = train.build_parts(config, None, mesh)
+        d = config.data
+        B = config.batch_size
+        shape = (B, d.views, d.image_size, d.image_size, 3)
+        batch = {
+            'views': jax.ShapeDtypeStruct(shape, jnp.uint8),
+            'label': jax.ShapeDtypeStruct((B,), jnp.int32),
+            'index': jax.ShapeDtypeStruct((B,), jnp.int32),
+        }
+        before = jax.eval_shape(parts.init)
+        after, metrics = jax.eval_shape(parts.step, before, batch)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert metrics['loss'].shape == ()
+    assert parts.evaluators
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_default_preset_is_the_embedded_data(path):
+    assert load(path).get_config().data.source == 'digits'
+    assert load(path).get_config(None) == load(path).get_config('digits')

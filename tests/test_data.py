@@ -1,0 +1,315 @@
+"""Batches: deterministic, resumable, the same on any number of processes, whatever is broken."""
+
+import json
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from pictures import encoded, photo, png_header, write
+
+from contrastive_jax import data
+from contrastive_jax.config import UserError
+from contrastive_jax.data import BadRecord
+from contrastive_jax.data.bad_records import BadRecords
+from contrastive_jax.data.pipeline import eval_batches, train_iterator
+
+CROP = {'scale': (0.08, 1.0), 'ratio': (3 / 4, 4 / 3), 'interpolation': 'bicubic', 'flip': 0.5}
+
+
+class Counting:
+    """Record i is a 6 × 5 picture of the value i; `broken` ones are bad."""
+
+    def __init__(self, count, broken=()):
+        self.count, self.broken, self.classes = count, set(broken), ['a', 'b', 'c']
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise BadRecord('broken on purpose')
+        return {'image': np.full((6, 5, 3), index, np.uint8), 'label': index % 3}
+
+    def describe(self, index):
+        return f'counting[{index}]'
+
+
+def train(source, **changes):
+    options = {
+        'batch_size': 8,
+        'views': 2,
+        'image_size': 6,
+        'crop': CROP,
+        'seed': 3,
+        'bad': BadRecords(None, len(source), 1.0),
+        'threads': 2,
+    }
+    return train_iterator(source, **{**options, **changes})
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def joined(*parts):
+    """Batches of several processes as global batches."""
+    return [{k: np.concatenate([p[k] for p in row]) for k in row[0]} for row in zip(*parts)]  # noqa: B905
+
+
+def test_batch_has_the_promised_shape():
+    batch = next(train(Counting(20), views=3))
+    assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
+        'views': ((8, 3, 6, 6, 3), 'uint8'),
+        'label': ((8,), 'int32'),
+        'index': ((8,), 'int32'),
+    }
+    np.testing.assert_array_equal(batch['views'][:, 0, 0, 0, 0], batch['index'])
+    np.testing.assert_array_equal(batch['label'], batch['index'] % 3)
+
+
+def test_same_seed_same_batches_whatever_the_threads():
+    source = data.open_splits({'source': 'digits'})['train']
+    first = take(train(source), 3)
+    assert_equal(first, take(train(source, threads=0), 3))
+    assert_equal(first, take(train(source, threads=4), 3))
+    other = next(train(source, seed=4))
+    assert (other['index'] != first[0]['index']).any()
+
+
+def test_two_processes_see_the_global_batches_of_one():
+    source = data.open_splits({'source': 'digits'})['train']
+    whole = take(train(source, batch_size=512), 4)  # past one epoch of 1,297, in chunks of 64
+    parts = [
+        take(train(source, batch_size=512, process_index=p, process_count=2), 4) for p in range(2)
+    ]
+    assert_equal(whole, joined(*parts))
+    parts = [
+        take(train(source, batch_size=24, process_index=p, process_count=3), 2) for p in range(3)
+    ]
+    assert_equal(take(train(source, batch_size=24), 2), joined(*parts))
+
+
+def test_every_epoch_visits_each_record_once_in_another_order():
+    index = np.concatenate([b['index'] for b in take(train(Counting(20)), 10)])
+    epochs = index.reshape(4, 20)
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(20))
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_a_record_is_cropped_anew_each_time():
+    source = data.open_splits({'source': 'digits'})['test']
+    batches = take(train(source, batch_size=250, views=2), 4)
+    views, index = (np.concatenate([b[k] for b in batches]) for k in ('views', 'index'))
+    first, second = (np.argsort(index[half]) for half in (slice(0, 500), slice(500, 1000)))
+    assert (views[:500][first] != views[500:][second]).any(axis=(1, 2, 3, 4)).all()
+    assert (views[:, 0] != views[:, 1]).any(axis=(1, 2, 3)).mean() > 0.99
+
+
+def test_state_resumes_the_stream_for_any_threads_and_processes():
+    source = data.open_splits({'source': 'digits'})['train']
+    iterator = train(source)
+    take(iterator, 3)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = take(iterator, 3)
+    fresh = train(source, threads=1)
+    next(fresh)
+    fresh.set_state(state)
+    fresh.start_prefetch()
+    assert_equal(expected, take(fresh, 3))
+    halves = [train(source, process_index=p, process_count=2) for p in range(2)]
+    for half in halves:
+        half.set_state(state)
+    assert_equal(expected, joined(*(take(half, 3) for half in halves)))
+    fresh.close()
+    with pytest.raises(ValueError, match='closed'):
+        next(fresh)
+
+
+def test_iterator_is_saved_and_restored_in_an_orbax_composite(tmp_path):
+    source = Counting(20)
+    iterator = train(source)
+    take(iterator, 3)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(
+            3,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave({'x': np.arange(3.0)}),
+                data=grain.checkpoint.CheckpointSave(iterator),
+            ),
+        )
+        expected = take(iterator, 4)
+        manager.wait_until_finished()
+    fresh = train(source)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        restored = manager.restore(
+            3,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore({'x': np.zeros(3)}),
+                data=grain.checkpoint.CheckpointRestore(fresh),
+            ),
+        )
+    np.testing.assert_array_equal(restored['state']['x'], np.arange(3.0))
+    assert restored['data'] is fresh
+    assert_equal(expected, take(fresh, 4))
+
+
+def test_batch_sizes_that_cannot_be():
+    with pytest.raises(UserError, match='batch_size: got 32, but the training split has 20 images'):
+        train(Counting(20), batch_size=32)
+    with pytest.raises(UserError, match='got 8, expected a multiple of the 3 processes'):
+        train(Counting(20), process_count=3)
+    with pytest.raises(UserError, match=r'config.seed: got -1'):
+        train(Counting(20), seed=-1)
+    with pytest.raises(UserError, match='multiple of the 3 processes'):
+        eval_batches(
+            Counting(9), batch_size=8, image_size=6, bad=BadRecords(None, 9), process_count=3
+        )
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_eval_batches_hold_every_record_once_and_padding(processes):
+    source, bad = Counting(21, broken=[4, 20]), BadRecords(None, 21, 0.1)
+    parts = [
+        list(
+            eval_batches(
+                source,
+                batch_size=8,
+                image_size=6,
+                bad=bad,
+                process_index=p,
+                process_count=processes,
+                threads=2,
+            )
+        )
+        for p in range(processes)
+    ]
+    batches = joined(*parts)
+    assert [b['image'].shape for b in batches] == [(8, 6, 6, 3)] * 3
+    label, mask, image = (
+        np.concatenate([b[k] for b in batches]) for k in ('label', 'mask', 'image')
+    )
+    good = [i for i in range(21) if i not in (4, 20)]
+    assert mask.dtype == np.float32
+    np.testing.assert_array_equal(np.flatnonzero(mask), good)
+    np.testing.assert_array_equal(label[good], np.array(good) % 3)
+    assert (label[mask == 0] == -1).all()
+    np.testing.assert_array_equal(image[good][:, 2, 3, 1], good)
+    assert bad.count == 2
+
+
+def test_eval_batches_may_be_left_early():
+    batches = eval_batches(Counting(200), batch_size=8, image_size=6, bad=BadRecords(None, 200))
+    next(batches)
+    batches.close()
+    with pytest.raises(UserError, match=r'crop_fraction: got 1.5'):
+        eval_batches(
+            Counting(9), batch_size=3, image_size=6, bad=BadRecords(None, 9), crop_fraction=1.5
+        )
+
+
+def damaged_folder(root):
+    """300 good pictures and one of each kind of bad file."""
+    good = encoded(photo(0, 20, 24), 'PNG')
+    for i in range(300):
+        write(root / 'train' / 'cat' / f'{i:03d}.png', good)
+    write(root / 'test' / 'cat' / '0.png', good)
+    place = root / 'train' / 'cat'
+    jpeg = encoded(photo(), 'JPEG')
+    write(place / 'a_truncated.jpg', jpeg[: len(jpeg) // 2])
+    write(place / 'b_truncated.png', good[: len(good) // 2])
+    write(place / 'c_text.jpg', b'not an image at all')
+    write(place / 'd_empty.webp', b'')
+    write(place / 'e_bomb.png', png_header(50_000, 50_000))
+    (place / 'f_directory.jpg').mkdir()
+    (place / 'g_dangling.JPEG').symlink_to(place / 'nowhere.jpg')
+    return data.open_splits({'source': 'folder', 'root': str(root)})['train']
+
+
+def test_bad_files_are_replaced_listed_once_and_found_again(tmp_path):
+    source = damaged_folder(tmp_path / 'root')
+    assert len(source) == 307
+    path = tmp_path / 'bad_records.jsonl'
+    bad = BadRecords(path, len(source), 0.05)
+    batches = take(train(source, batch_size=64, bad=bad), 10)
+    index = np.concatenate([b['index'] for b in batches])
+    good = {i for i in range(307) if source.describe(i).endswith('.png')}
+    good -= {i for i in range(307) if '_' in source.describe(i)}
+    assert set(index) == good
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    reasons = {e['record'].rpartition('/')[2]: e['reason'] for e in entries}
+    assert len(entries) == len(reasons) == bad.count == 7
+    assert 'Premature end' in reasons['a_truncated.jpg']
+    assert 'truncated' in reasons['b_truncated.png'].lower()
+    assert 'not a JPEG' in reasons['c_text.jpg']
+    assert reasons['d_empty.webp'] == 'zero bytes'
+    assert '50000 x 50000' in reasons['e_bomb.png']
+    assert reasons['f_directory.jpg'] == 'unreadable: Is a directory'
+    assert reasons['g_dangling.JPEG'] == 'unreadable: No such file or directory'
+
+    again = BadRecords(path, len(source), 0.05)
+    assert again.count == 7
+    assert_equal(batches, take(train(source, batch_size=64, bad=again, threads=0), 10))
+    assert len(path.read_text().splitlines()) == 7
+
+
+def test_more_than_the_allowed_share_stops_the_run(tmp_path):
+    source = damaged_folder(tmp_path)
+    bad = BadRecords(None, len(source))
+    with pytest.raises(UserError) as stopped:
+        take(train(source, batch_size=64, bad=bad, threads=0), 10)
+    first, *lines = str(stopped.value).splitlines()
+    assert first.startswith('4 of 307 records cannot be used, more than 1 %. The first:')
+    assert len(lines) == 5
+    assert all(line.startswith('  train/cat/') and ': ' in line for line in lines[:4])
+    # grain's threads hand the error over as it is.
+    with pytest.raises(UserError, match='of 307 records cannot be used'):
+        take(train(source, batch_size=64, bad=BadRecords(None, len(source))), 10)
+
+
+def test_the_share_is_exceeded_only_strictly(tmp_path):
+    bad = BadRecords(tmp_path / 'bad.jsonl', 200, 0.01)
+    bad.add('a', 'x')
+    bad.add('a', 'x')
+    bad.add('b', 'y')
+    with pytest.raises(UserError, match=r'3 of 200 .* than 1 %. .*\n  a: x\n  b: y\n  c: z\n'):
+        bad.add('c', 'z')
+    # The run that continues there stops as soon as it meets any of them again.
+    resumed = BadRecords(tmp_path / 'bad.jsonl', 200, 0.01)
+    with pytest.raises(UserError):
+        resumed.add('a', 'x')
+    with pytest.raises(UserError):
+        BadRecords(None, 50).add('one in 50', 'is 2 %')
+    with pytest.raises(UserError, match='max_fraction'):
+        BadRecords(None, 50, 2)
+
+
+def test_two_processes_share_a_list_and_a_cut_line_is_passed_over(tmp_path):
+    path = tmp_path / 'bad.jsonl'
+    left, right = BadRecords(path, 100, 0.5), BadRecords(path, 100, 0.5)
+    left.add('a', 'x')
+    right.add('a', 'x')
+    right.add('b', 'y')
+    left.add('b', 'y')
+    assert (left.count, right.count) == (2, 2)
+    assert len(path.read_text().splitlines()) == 2
+    with open(path, 'a') as file:
+        file.write('{"record": "c", "rea')
+    third = BadRecords(path, 100, 0.5)
+    assert third.count == 2
+    third.add('d', 'z')
+    assert BadRecords(path, 100, 0.5).count == 3
+
+
+def test_a_source_without_any_good_record_ends():
+    with pytest.raises(UserError, match='none of the 9 records can be used'):
+        next(train(Counting(9, broken=range(9))))

@@ -1,0 +1,432 @@
+"""ViT, ResNet and the projection head: shapes, sizes, formulas, gradients, devices, errors."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from contrastive_jax import config, models
+from contrastive_jax.config import UserError
+from contrastive_jax.heads import MLP
+from contrastive_jax.models import resnet, vit
+
+TINY_VIT = {'width': 16, 'depth': 1, 'heads': 2, 'patch': 4}
+TINY_RESNET = {'widths': (8, 16), 'blocks': (1, 1), 'stem': 'patch4', 'zero_init_last': False}
+
+leaves = jax.tree_util.tree_leaves_with_path
+
+
+def images(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+# Nothing here runs for long, and at level 0 XLA compiles it in a quarter of the time.
+jit = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+@partial(jit, static_argnums=0)
+def init(module, x):
+    return models.init(module, jax.random.key(0), x)
+
+
+@partial(jit, static_argnums=(0, 4))
+def apply(module, params, stats, x, train):
+    return models.apply(module, params, stats, x, train)
+
+
+def drawn(module, x):
+    """(params, stats) of the module's structure, all of them random: no zeros, no ones."""
+    rng = np.random.default_rng(1)
+
+    def draw(path, like):
+        v = rng.normal(size=like.shape)
+        if path[-1].key == 'kernel':
+            return np.float32(v / np.sqrt(np.prod(like.shape[:-1])))
+        return np.float32((path[-1].key in ('scale', 'var')) + 0.2 * v.clip(-2, 2))
+
+    structure = jax.eval_shape(partial(models.init, module), jax.random.key(0), x)
+    return jax.tree_util.tree_map_with_path(draw, structure)
+
+
+def count(module: nn.Module, *shape: int) -> int:
+    params, _ = jax.eval_shape(partial(models.init, module), jax.random.key(0), jnp.zeros(shape))
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
+def output_shapes(module: nn.Module, *shape: int):
+    x = jnp.zeros(shape)
+    params, stats = jax.eval_shape(partial(models.init, module), jax.random.key(0), x)
+    run = partial(models.apply, module, train=True)
+    (features, extra), _ = jax.eval_shape(run, params, stats, x)
+    assert all(v.dtype == jnp.float32 for v in jax.tree.leaves((features, extra)))
+    return features.shape, {k: v.shape for k, v in extra.items()}
+
+
+def gradients(module):
+    """(params, stats, x) -> ((value, new stats), gradients) of a random projection, jitted."""
+
+    def loss(params, stats, x):
+        outputs, stats = models.apply(module, params, stats, x, True)
+        y = outputs[0] if isinstance(outputs, tuple) else outputs
+        return (jnp.sin(y) * images(1, y.shape[-1])).sum() / y.shape[0], stats
+
+    return jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@pytest.mark.parametrize(
+    ('size', 'published'),  # timm's counts without the classifier, learned positions included
+    [('Ti', 5_524_416), ('S', 21_665_664), ('B', 85_798_656), ('L', 303_301_632)],
+)
+def test_vit_sizes(size, published):
+    assert count(vit.make(size=size, position='learned'), 1, 224, 224, 3) == published
+    width = vit.SIZES[size]['width']
+    assert count(vit.make(size=size), 1, 224, 224, 3) == published - 197 * width
+
+
+@pytest.mark.parametrize(
+    ('size', 'published'),  # torchvision's counts without fc
+    [(18, 11_176_512), (34, 21_284_672), (50, 23_508_032)],
+)
+def test_resnet_sizes(size, published):
+    assert count(resnet.make(size=size), 1, 64, 64, 3) == published
+    dimension = 512 if size < 50 else 2048
+    assert output_shapes(resnet.make(size=size), 2, 224, 160, 3) == (
+        (2, dimension),
+        {'map': (2, 7, 5, dimension)},
+    )
+
+
+def test_vit_shapes_of_any_grid():
+    cls, mean = vit.make(**TINY_VIT), vit.make(**TINY_VIT, pool='mean')
+    assert output_shapes(cls, 3, 8, 8, 3) == ((3, 16), {'cls': (3, 16), 'patches': (3, 4, 16)})
+    assert output_shapes(cls, 3, 8, 20, 1) == ((3, 16), {'cls': (3, 16), 'patches': (3, 10, 16)})
+    assert output_shapes(mean, 3, 16, 4, 3) == ((3, 16), {'patches': (3, 4, 16)})
+    # The same parameters take another size (multi-crop, fine-tuning).
+    params, stats = drawn(cls, jnp.zeros((1, 8, 8, 3)))
+    assert stats == {}
+    run = partial(models.apply, cls, train=False)
+    (features, _), _ = jax.eval_shape(run, params, stats, jnp.zeros((2, 16, 12, 3)))
+    assert features.shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ('stem', 'side'), [('imagenet', 4), ('cifar', 16), ('patch4', 8)]
+)  # 32 pixels; the second stage halves
+def test_resnet_stems(stem, side):
+    for block, dimension in (('basic', 16), ('bottleneck', 64)):
+        module = resnet.make(widths=(8, 16), blocks=(1, 2), block=block, stem=stem)
+        wanted = (2, dimension), {'map': (2, side, side, dimension)}
+        assert output_shapes(module, 2, 32, 32, 3) == wanted
+    thin = resnet.make(size=18, widths=(32, 64, 128, 256), blocks=(1, 1, 1, 1), stem='cifar')
+    assert count(thin, 1, 32, 32, 3) == 1_226_400  # as lightly's small one
+
+
+def test_sincos_formula():
+    rows, columns, width = 3, 5, 24
+    table = vit.sincos2d(rows, columns, width)
+    assert table.shape == (15, 24)
+    for token in range(15):
+        row, column = token // columns, token % columns
+        for i in range(6):
+            w = 10000.0 ** (-i / 6)
+            wanted = [np.sin(row * w), np.cos(row * w), np.sin(column * w), np.cos(column * w)]
+            np.testing.assert_allclose(table[token, i::6], wanted, atol=1e-7)
+
+
+def test_positions_tell_patches_apart_and_not_cls():
+    # Blank images: only positions can make tokens differ.
+    x = jnp.zeros((1, 8, 8, 3))
+    learned = vit.make(**TINY_VIT, position='learned')
+    params, _ = init(learned, x)
+    assert params['position_embedding'].shape == (1, 5, 16)
+    assert 0.015 < float(params['position_embedding'].std()) < 0.025
+    for module in (learned, vit.make(**TINY_VIT)):
+        (_, extra), _ = apply(module, params, {}, x, False)
+        assert len(np.unique(np.round(extra['patches'][0], 5), axis=0)) == 4
+    bare = vit.ViT(
+        width=16, depth=0, heads=2, hidden=64, patch=4, pool='cls', position='sincos2d',
+        dtype=jnp.float32,
+    )  # fmt: skip
+    params['cls_token'] = jnp.arange(16.0)[None, None]
+    (features, extra), _ = apply(bare, params, {}, x, False)
+    layer_norm = lambda v: (v - v.mean(-1, keepdims=True)) / v.std(-1, keepdims=True)  # noqa: E731
+    np.testing.assert_allclose(features[0], layer_norm(np.arange(16.0)), atol=1e-5)
+    np.testing.assert_allclose(extra['patches'][0], layer_norm(vit.sincos2d(2, 2, 16)), atol=1e-5)
+
+
+def vit_oracle(params, image, patch, heads):
+    """One image through the paper's equations 1 to 4, token by token, in float64."""
+    p = jax.tree.map(lambda v: np.asarray(v, np.float64), params)
+
+    def norm(name, v, at=p):
+        v = (v - v.mean(-1, keepdims=True)) / np.sqrt(v.var(-1, keepdims=True) + 1e-6)
+        return v * at[name]['scale'] + at[name]['bias']
+
+    def dense(name, v, at=p):
+        return v @ at[name]['kernel'] + at[name]['bias']
+
+    height, wide, _ = image.shape
+    cut = [
+        image[r : r + patch, c : c + patch].reshape(-1)
+        for r in range(0, height, patch)
+        for c in range(0, wide, patch)
+    ]
+    x = dense('patch_embedding', np.stack(cut))
+    width = x.shape[-1]
+    x = x + vit.sincos2d(height // patch, wide // patch, width)
+    x = np.concatenate([p['cls_token'][0], x])
+    for i in range(sum(k.startswith('block') for k in p)):
+        b = p[f'block{i}']
+        q, k, v = np.split(dense('qkv', norm('norm1', x, b), b['attention']), 3, axis=-1)
+        size = width // heads
+        mixed = []
+        for h in range(heads):
+            at = slice(h * size, (h + 1) * size)
+            score = np.exp(q[:, at] @ k[:, at].T / np.sqrt(size))
+            mixed.append(score / score.sum(-1, keepdims=True) @ v[:, at])
+        x = x + dense('out', np.concatenate(mixed, -1), b['attention'])
+        y = dense('mlp1', norm('norm2', x, b), b)
+        y = y / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+        x = x + dense('mlp2', y, b)
+    return norm('norm', x)
+
+
+def test_vit_is_the_papers():
+    module = vit.make(**TINY_VIT | {'depth': 2})
+    x = images(2, 8, 12, 3)
+    params, _ = drawn(module, x)
+    (features, extra), _ = apply(module, params, {}, x, True)
+    for i in range(2):
+        want = vit_oracle(params, np.asarray(x[i], np.float64), 4, 2)
+        np.testing.assert_allclose(features[i], want[0], atol=1e-4)
+        np.testing.assert_allclose(extra['cls'][i], want[0], atol=1e-4)
+        np.testing.assert_allclose(extra['patches'][i], want[1:], atol=1e-4)
+
+
+def test_vit_initialisation():
+    params, _ = init(vit.make(width=64, depth=1, heads=4, patch=4), images(1, 8, 8, 3))
+    block = params['block0']
+    for kernel, fan in (
+        (params['patch_embedding']['kernel'], 4 * 4 * 3 + 64),
+        (block['attention']['qkv']['kernel'], 64 + 64),  # each of q, k, v by itself
+        (block['attention']['out']['kernel'], 64 + 64),
+        (block['mlp1']['kernel'], 64 + 256),
+        (block['mlp2']['kernel'], 64 + 256),
+    ):
+        bound = np.sqrt(6 / fan)
+        assert 0.97 * bound < float(jnp.abs(kernel).max()) <= bound
+        np.testing.assert_allclose(kernel.std(), bound / np.sqrt(3), rtol=0.05)
+    assert not any(p.any() for k, p in leaves(params) if k[-1].key == 'bias')
+
+
+def convolution(x, kernel, stride, padding):
+    """[H, W, C] by loops, torch's symmetric padding."""
+    side = kernel.shape[0]
+    x = np.pad(x, ((padding, padding), (padding, padding), (0, 0)))
+    places = [range(0, x.shape[a] - side + 1, stride) for a in (0, 1)]
+    return np.array([
+        [np.einsum('pqc,pqcd->d', x[i : i + side, j : j + side], kernel) for j in places[1]]
+        for i in places[0]
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize('block', ['basic', 'bottleneck'])
+def test_resnet_is_the_papers(block):
+    """One image, with running averages, against loops in float64."""
+    module = resnet.make(widths=(4, 8), blocks=(1, 1), block=block, stem='imagenet')
+    x = images(1, 16, 12, 3)
+    params, stats = drawn(module, x)
+    (features, extra), _ = apply(module, params, stats, x, False)
+    p, s = jax.tree.map(lambda v: np.asarray(v, np.float64), (params, stats))
+
+    def norm(name, v, p=p, s=s):
+        v = (v - s[name]['mean']) / np.sqrt(s[name]['var'] + 1e-5)
+        return v * p[name]['scale'] + p[name]['bias']
+
+    relu = partial(np.maximum, 0.0)
+    y = relu(norm('stem_norm', convolution(np.asarray(x[0]), p['stem']['kernel'], 2, 3)))
+    y = np.pad(y, ((1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    y = np.array([
+        [y[i : i + 3, j : j + 3].max((0, 1)) for j in range(0, y.shape[1] - 2, 2)]
+        for i in range(0, y.shape[0] - 2, 2)
+    ])  # fmt: skip
+    for stage, stride in ((1, 1), (2, 2)):
+        b, t = p[f'stage{stage}_block0'], s[f'stage{stage}_block0']
+        names = [k for k in sorted(b) if k.startswith('conv')]
+        wide = {'basic': [stride, 1], 'bottleneck': [1, stride, 1]}[block]
+        z = y
+        for i, (name, step) in enumerate(zip(names, wide, strict=True), 1):
+            kernel = b[name]['kernel']
+            z = norm(f'norm{i}', convolution(z, kernel, step, kernel.shape[0] // 2), b, t)
+            z = relu(z) if i < len(names) else z
+        if 'shortcut' in b:
+            y = norm('shortcut_norm', convolution(y, b['shortcut']['kernel'], stride, 0), b, t)
+        y = relu(y + z)
+    np.testing.assert_allclose(extra['map'][0], y, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(features[0], y.mean((0, 1)), rtol=1e-4, atol=1e-4)
+
+
+def test_resnet_starts_as_the_identity():
+    for zero in (True, False):
+        module = resnet.make(widths=(8,), blocks=(1,), stem='cifar', zero_init_last=zero)
+        x = images(2, 4, 4, 3)
+        params, stats = init(module, x)
+        assert float(params['stage1_block0']['norm2']['scale'].sum()) == (0 if zero else 8)
+        assert float(params['stage1_block0']['norm1']['scale'].sum()) == 8
+        assert all(v.any() == (k[-1].key == 'var') for k, v in leaves(stats))
+    kernel = params['stage1_block0']['conv1']['kernel']  # He: variance 2 / (3 * 3 * 8)
+    np.testing.assert_allclose(kernel.std(), np.sqrt(2 / 72), rtol=0.1)
+
+
+ALIVE = {
+    'vit cls': (vit.make(**TINY_VIT, position='learned'), (16, 8, 8, 3)),
+    'vit mean': (vit.make(**TINY_VIT, pool='mean'), (16, 8, 8, 3)),
+    'resnet': (resnet.make(**TINY_RESNET), (16, 8, 8, 3)),
+    'head': (MLP(hidden=16, out=8, layers=3, last_batch_norm=True), (16, 12)),
+}
+
+
+@pytest.mark.parametrize('name', ['vit cls', 'resnet'])
+def test_bfloat16_is_close_to_float32(name):
+    module, shape = ALIVE[name]
+    x = images(*shape)
+    params, stats = drawn(module, x)
+    (want, _), _ = apply(module, params, stats, x, True)
+    half = module.clone(dtype=jnp.bfloat16)
+    (got, extra), new = apply(half, params, stats, x, True)
+    assert all(v.dtype == jnp.float32 for v in jax.tree.leaves((got, extra, new)))
+    error = float(jnp.abs(got - want).max() / jnp.abs(want).max())
+    assert 1e-5 < error < 0.03
+
+
+@pytest.mark.parametrize('name', ALIVE)
+def test_gradients_reach_every_parameter_on_one_device_and_eight(name):
+    """Values, gradients and BatchNorm's averages on 8 devices are those of the whole batch."""
+    module, shape = ALIVE[name]
+    x = images(*shape)
+    x = x * jnp.linspace(0.2, 3.0, 16).reshape(-1, *[1] * (x.ndim - 1))  # devices' shares differ
+    params, stats = drawn(module, x)
+    f = gradients(module)
+    (value, new), grads = f(params, stats, x)
+    assert np.isfinite(value)
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
+    for path, g in leaves(grads):
+        assert np.isfinite(g).all(), path
+        g = np.abs(g)
+        if path[-1].key == 'bias' and any(k.key == 'qkv' for k in path):
+            g = np.delete(g.reshape(3, -1), 1, axis=0)  # softmax takes no notice of k's bias
+        assert g.max() > 1e-5 * largest, path
+
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+    sharded = jax.device_put(x, NamedSharding(mesh, P('data')))
+    params, stats = jax.device_put((params, stats), NamedSharding(mesh, P()))
+    (value8, new8), grads8 = f(params, stats, sharded)
+    np.testing.assert_allclose(value8, value, rtol=1e-5, atol=1e-6)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * largest)
+    jax.tree.map(close, grads8, grads)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), new8, new)
+
+
+def test_batch_statistics():
+    module = MLP(hidden=4, out=3, layers=2)
+    x = images(32, 5) + 2.0
+    params, stats = drawn(module, x)
+    train, new = apply(module, params, stats, x, True)
+
+    p, old = jax.tree.map(np.float64, (params, stats))
+    z = np.float64(x) @ p['linear1']['kernel']
+    running = {'mean': z.mean(0), 'var': z.var(0)}
+    for k, v in running.items():
+        np.testing.assert_allclose(new['norm1'][k], 0.9 * old['norm1'][k] + 0.1 * v, rtol=1e-4)
+
+    def rest(mean, var):
+        y = (z - mean) / np.sqrt(var + 1e-5) * p['norm1']['scale'] + p['norm1']['bias']
+        return np.maximum(y, 0) @ p['linear2']['kernel'] + p['linear2']['bias']
+
+    np.testing.assert_allclose(train, rest(**running), rtol=1e-4, atol=1e-5)
+    evaluated, same = apply(module, params, new, x, False)
+    jax.tree.map(np.testing.assert_array_equal, same, new)
+    want = rest(**jax.tree.map(np.float64, new['norm1']))
+    np.testing.assert_allclose(evaluated, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('options', 'wanted'),
+    [
+        ({}, {'linear1': ['kernel'], 'norm1': ['bias', 'scale'], 'linear2': ['bias', 'kernel']}),
+        ({'batch_norm': False}, {'linear1': ['bias', 'kernel'], 'linear2': ['bias', 'kernel']}),
+        (
+            {'layers': 3, 'last_batch_norm': True},
+            {
+                'linear1': ['kernel'],
+                'norm1': ['bias', 'scale'],
+                'linear2': ['kernel'],
+                'norm2': ['bias', 'scale'],
+                'linear3': ['kernel'],
+                'norm3': ['scale'],
+            },
+        ),
+    ],
+)
+def test_head_layers(options, wanted):
+    head = MLP(hidden=7, out=3, **options)
+    x = jnp.zeros((4, 5))
+    params, stats = jax.eval_shape(partial(models.init, head), jax.random.key(0), x)
+    assert {k: sorted(v) for k, v in params.items()} == wanted
+    assert params['linear1']['kernel'].shape == (5, 7)
+    assert params[f'linear{head.layers}']['kernel'].shape[-1] == 3
+    y, _ = jax.eval_shape(partial(models.apply, head, train=True), params, stats, x)
+    assert (y.shape, y.dtype) == ((4, 3), jnp.float32)
+
+
+def test_config_lists_the_models():
+    assert isinstance(
+        config.build('models', {'name': 'vit', 'size': 'Ti'}, 'config.model'), vit.ViT
+    )
+    with pytest.raises(UserError, match=r"Did you mean 'resnet'.*Exists: 'resnet', 'vit'"):
+        config.build('models', {'name': 'resmet'}, 'config.model')
+    with pytest.raises(UserError, match=r"unknown key 'pach'\. Did you mean 'patch'"):
+        config.build('models', {'name': 'vit', 'pach': 2}, 'config.model')
+
+
+@pytest.mark.parametrize(
+    ('make', 'options', 'parts'),
+    [
+        (vit.make, {}, ["size='custom'", "'width'"]),
+        (vit.make, {'size': 'XL'}, ["unknown size 'XL'", "'Ti', 'S', 'B', 'L', 'custom'"]),
+        (vit.make, {**TINY_VIT, 'heads': 3}, ['width=16', 'heads=3']),
+        (vit.make, {**TINY_VIT, 'width': 18}, ['width=18', 'multiple of 4']),
+        (vit.make, {**TINY_VIT, 'patch': 0}, ['config.model.patch', 'got 0']),
+        (vit.make, {**TINY_VIT, 'pool': 'max'}, ["'max'", "'cls', 'mean'"]),
+        (vit.make, {**TINY_VIT, 'position': 'sincos'}, ["Did you mean 'sincos2d'"]),
+        (vit.make, {**TINY_VIT, 'dtype': 'float16'}, ["'float16'", "'float32', 'bfloat16'"]),
+        (resnet.make, {}, ["size='custom'", "'widths'"]),
+        (resnet.make, {'size': 19}, ["unknown size '19'", "'18', '34', '50', '101', 'custom'"]),
+        (resnet.make, {'widths': (8, 16), 'blocks': (1,)}, ['(8, 16)', '(1,)']),
+        (
+            resnet.make,
+            {'size': 18, 'blocks': (2, 0, 2, 2)},
+            ['config.model.blocks', '(2, 0, 2, 2)'],
+        ),
+        (resnet.make, {'size': 18, 'block': 'bottle'}, ["Did you mean 'bottleneck'"]),
+        (resnet.make, {'size': 18, 'stem': 'cfar'}, ["Did you mean 'cifar'"]),
+    ],
+)
+def test_errors_say_what_to_do(make, options, parts):
+    with pytest.raises(UserError) as error:
+        make(**options)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_errors_of_calls():
+    with pytest.raises(UserError, match='10 x 8 pixels and patch=4'):
+        init(vit.make(**TINY_VIT), images(1, 10, 8, 3))
+    with pytest.raises(UserError, match='layers=0'):
+        init(MLP(hidden=4, out=4, layers=0), images(2, 4))

@@ -1,0 +1,276 @@
+"""The trainer as a program: it is killed, stopped, continued, refused, and spread over devices."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from contrastive_jax import checkpoint, main, metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = [
+    '--config=configs/simclr_vit.py',
+    '--config.total_steps=12',
+    '--config.batch_size=16',
+    '--config.log_every=1',
+    '--config.eval_every=0',
+    '--config.checkpoint_every=3',
+    '--config.model.width=16',
+    '--config.model.depth=1',
+    '--config.model.heads=2',
+    '--config.model.patch=4',
+    '--config.method.hidden=16',
+    '--config.method.projection=8',
+    '--config.evals={}',
+]
+
+
+def start(workdir, *flags, devices=1, tiny=TINY):
+    environment = {
+        **os.environ,
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+        'JAX_PLATFORMS': 'cpu',
+    }
+    return subprocess.Popen(
+        [sys.executable, '-m', 'contrastive_jax.main', *tiny, f'--workdir={workdir}', *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == code, out
+    return out
+
+
+def losses(workdir):
+    """Loss of each step, which is there exactly once."""
+    found = [r for r in metrics.read(workdir) if 'train/loss' in r]
+    steps = [r['step'] for r in found]
+    assert steps == list(range(1, len(steps) + 1))
+    return [r['train/loss'] for r in found]
+
+
+def parameters(workdir):
+    """Every array of the newest checkpoint, by name."""
+    import orbax.checkpoint as ocp
+
+    steps = [p for p in (pathlib.Path(workdir) / 'checkpoints').iterdir() if p.name.isdigit()]
+    newest = max(steps, key=lambda p: int(p.name))
+    tree = ocp.PyTreeCheckpointer().restore(newest / 'state')
+    return checkpoint.flatten(tree)
+
+
+def assert_same_bits(a, b):
+    assert losses(a) == losses(b)
+    one, other = parameters(a), parameters(b)
+    assert one.keys() == other.keys()
+    for key in one:
+        assert np.array_equal(np.asarray(one[key]), np.asarray(other[key])), key
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A run that nothing interrupts."""
+    workdir = tmp_path_factory.mktemp('whole')
+    finish(start(workdir))
+    return workdir
+
+
+def wait_for(workdir, lines):
+    """Returns once metrics.jsonl has that many lines."""
+    path = pathlib.Path(workdir) / 'metrics.jsonl'
+    for _ in range(3000):
+        if path.exists() and path.read_text().count('\n') >= lines:
+            return
+        time.sleep(0.02)
+    raise AssertionError('the run wrote no metrics')
+
+
+def test_killed_run_goes_on_with_the_same_bits(whole, tmp_path):
+    process = start(tmp_path)
+    wait_for(tmp_path, 8)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    out = finish(start(tmp_path))
+    assert 'continuing' in out or 'untrained' in out
+    assert_same_bits(whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(whole, tmp_path):
+    """Issue's point: kill −9 at any moment, from start-up to the last save."""
+    clean = time.monotonic()
+    finish(start(tmp_path / 'timing'))
+    clean = time.monotonic() - clean
+    rng = np.random.default_rng(0)
+    for trial in range(20):
+        workdir = tmp_path / str(trial)
+        process = start(workdir)
+        time.sleep(rng.uniform(0.3, 1.0) * clean)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        finish(start(workdir))
+        assert_same_bits(whole, workdir)
+
+
+def test_sigterm_saves_and_exits_cleanly(whole, tmp_path):
+    process = start(tmp_path)
+    wait_for(tmp_path, 3)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process)
+    assert 'stopped by a signal' in out
+    finish(start(tmp_path))
+    assert_same_bits(whole, tmp_path)
+
+
+def test_eight_devices_and_two_processes_have_the_losses_of_one(whole, tmp_path):
+    finish(start(tmp_path / 'eight', devices=8))
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+    two = [
+        start(
+            tmp_path / 'two',
+            f'--coordinator=localhost:{port}',
+            '--processes=2',
+            f'--process={i}',
+            devices=2,
+        )
+        for i in range(2)
+    ]
+    for process in two:
+        finish(process)
+    for other in ('eight', 'two'):
+        assert np.allclose(losses(whole), losses(tmp_path / other), rtol=1e-5, atol=0), other
+
+
+def test_records_and_the_newest_checkpoints_are_kept(whole):
+    kept = sorted(int(p.name) for p in (whole / 'checkpoints').iterdir() if p.name.isdigit())
+    assert kept == [9, 12]
+    assert json.loads((whole / 'config.json').read_text())['batch_size'] == 16
+    assert 'encoder/' in (whole / 'parameters.txt').read_text()
+    for name in ('views.png', 'curves.png'):
+        assert (whole / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_another_config_is_refused_with_the_differing_keys(whole, capsys):
+    code, error = command(whole, '--config.seed=1', '--config.method.temperature=0.7', capsys=capsys)
+    assert code == 2
+    assert 'config.seed: there 0, here 1' in error
+    assert 'config.method.temperature: there 0.2, here 0.7' in error
+
+
+def test_eval_only(whole, tmp_path):
+    before = parameters(whole)
+    out = finish(
+        start(whole, '--eval_only', "--config.evals={'knn': {'k': 5}}", '--config.log_every=2')
+    )
+    assert 'knn, all labels' in out
+    record = metrics.read(whole)[-1]
+    assert record['step'] == 12
+    assert 0.1 < record['eval/knn/top1'] <= 1
+    assert parameters(whole).keys() == before.keys()
+    out = finish(start(tmp_path / 'nothing', '--eval_only'), code=2)
+    assert 'no run in' in out
+    assert not (tmp_path / 'nothing').exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(tmp_path):
+    out = finish(
+        start(
+            tmp_path,
+            '--config.optim.learning_rate=1e30',
+            '--config.optim.warmup=0.5',
+            '--config.checkpoint_every=1',
+        ),
+        code=2,
+    )
+    error = out[out.index('error: step') :]
+    step = int(error.split('step ')[1].split(':')[0])
+    assert 'learning rate' in error
+    assert 'digits[' in error
+    for key, value in parameters(tmp_path).items():
+        assert np.isfinite(np.asarray(value)).all(), key
+    kept = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
+    assert max(kept) < step
+
+
+def command(workdir, *flags, capsys, tiny=TINY):
+    """(exit code, error text) of the command, run in a process of its own."""
+    del capsys
+    process = start(workdir, *flags, tiny=tiny)
+    out, _ = process.communicate(timeout=60)
+    assert 'Traceback' not in out, out
+    return process.returncode, out
+
+
+@pytest.mark.parametrize(
+    ('flags', 'expected'),
+    [
+        (['--config=configs/simclr_vit.py:cifra10'], ["'cifra10'", "'cifar10'", "'imagenet'"]),
+        (['--config=configs/simclr_vti.py'], ['simclr_vti.py']),
+        (['--config.batchsize=3'], ['batchsize', 'batch_size']),
+        (['--config.batch_size=many'], ['batch_size', 'many']),
+        (['--config.method.name=simclear'], ["'simclear'", "Did you mean 'simclr'"]),
+        (['--config.model.name=vitt'], ["'vitt'", "'vit'", "'resnet'"]),
+        (['--config.data.source=digit'], ["'digit'", "Did you mean 'digits'", "'folder'"]),
+        (['--config.optim.name=adam'], ["'adam'", "'adamw'", "'lars'"]),
+        (["--config.evals={'kn': {}}"], ["'kn'", "'knn'"]),
+        (["--config.augment={'jiter': {}}"], ["'jiter'", "'jitter'"]),
+        (["--config.model={'name': 'vit', 'dept': 3}"], ["'dept'", "Did you mean 'depth'"]),
+        (['--config.total_steps=0'], ['total_steps', 'total_epochs']),
+        (['--config.batch_size=5000'], ['5000', '1297']),
+        (['--config.data.source=folder'], ['--config.data.root=DIR']),
+        (['stray'], ['stray']),
+    ],
+)
+def test_mistakes_on_the_command_line(flags, expected, tmp_path, capsys):
+    """Within a second or two, in words, without a traceback and without a workdir left behind."""
+    code, out = in_process(tmp_path / 'run', flags, capsys)
+    assert code == 2
+    for text in expected:
+        assert text in out, out
+    assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_a_batch_that_does_not_divide_by_the_devices(tmp_path):
+    out = finish(start(tmp_path, '--config.batch_size=12', devices=8), code=2)
+    assert 'does not divide by 8 devices' in out
+    assert 'Traceback' not in out
+
+
+def in_process(workdir, flags, capsys):
+    """Runs the command in this process, where JAX is imported already."""
+    from absl import flags as absl_flags
+
+    code = None
+
+    def leave(status):
+        nonlocal code
+        code = status
+        raise SystemExit(status)
+
+    former, sys.argv = sys.argv, ['main', *TINY, f'--workdir={workdir}', *flags]
+    exit_, os._exit = os._exit, leave
+    directory = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        with pytest.raises(SystemExit):
+            main.run()
+    finally:
+        sys.argv, os._exit = former, exit_
+        os.chdir(directory)
+        absl_flags.FLAGS.unparse_flags()
+    return code, capsys.readouterr().err
