@@ -18,9 +18,8 @@ the step independent of that factor but for the weight decay, which counts twice
 BatchNorm's statistics are the global batch's, as in the authors' code.
 """
 
-from ml_collections import ConfigDict
-
 from contrastive_jax import config as config_lib
+from contrastive_jax.config import Config
 
 # SimCLR, appendix A: strength 1 for ImageNet, 0.5 and no blur for CIFAR-10.
 JITTER = {'prob': 0.8, 'brightness': 0.8, 'contrast': 0.8, 'saturation': 0.8, 'hue': 0.2}
@@ -28,7 +27,7 @@ HALF_JITTER = {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.
 SMALL = {'name': 'resnet', 'stem': 'patch4', 'widths': (64, 128, 256), 'blocks': (1, 1, 1)}
 
 
-def digits(c: ConfigDict) -> None:
+def digits(c: Config) -> None:
     config_lib.dataset(c, 'digits')
     c.total_steps, c.batch_size = 1500, 128
     c.log_every, c.eval_every, c.checkpoint_every = 100, 500, 500
@@ -41,7 +40,7 @@ def digits(c: ConfigDict) -> None:
     c.evals = {'knn': {'k': 20, 'temperature': 0.07}, 'linear': {}}
 
 
-def cifar10_small(c: ConfigDict) -> None:
+def cifar10_small(c: Config) -> None:
     """An encoder of 1.2 M parameters whose stem halves the resolution, for CPUs."""
     config_lib.dataset(c, 'cifar10')
     c.total_steps, c.batch_size = 360, 256
@@ -53,7 +52,7 @@ def cifar10_small(c: ConfigDict) -> None:
     c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
 
 
-def cifar10(c: ConfigDict) -> None:
+def cifar10(c: Config) -> None:
     """The authors' CIFAR-10 command (README of google-research/simclr): 91 % linear, they say."""
     config_lib.dataset(c, 'cifar10')
     c.total_epochs, c.batch_size = 1000.0, 512
@@ -65,7 +64,7 @@ def cifar10(c: ConfigDict) -> None:
     c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
 
 
-def imagenet(c: ConfigDict) -> None:
+def imagenet(c: Config) -> None:
     """The authors' ImageNet command for 100 epochs (tf2/run.py of google-research/simclr)."""
     config_lib.dataset(c, 'imagenet')
     c.total_epochs, c.batch_size = 100.0, 4096
@@ -81,7 +80,7 @@ def imagenet(c: ConfigDict) -> None:
     c.evals = {'knn': {'k': 20, 'temperature': 0.07}, 'linear': {}}
 
 
-def folder(c: ConfigDict) -> None:
+def folder(c: Config) -> None:
     """The ImageNet recipe at a batch that one GPU holds; there the authors scale by its root."""
     imagenet(c)
     config_lib.dataset(c, 'folder')
@@ -89,6 +88,6 @@ def folder(c: ConfigDict) -> None:
     c.optim.learning_rate = 1.2  # 0.075 · √256, SimCLR appendix B.1
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
+def get_config(arg: str | None = None) -> Config:
     presets = (digits, cifar10_small, cifar10, imagenet, folder)
     return config_lib.preset({p.__name__: p for p in presets}, arg)

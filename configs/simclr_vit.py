@@ -14,16 +14,15 @@ CIFAR-10 as a folder: `--config.data.source=folder --config.data.root=DIR`, whic
 `{train,test}/<class>/*.png`.
 """
 
-from ml_collections import ConfigDict
-
 from contrastive_jax import config as config_lib
+from contrastive_jax.config import Config
 
 # SimCLR, appendix A: strength 1 for ImageNet, 0.5 and no blur for CIFAR-10.
 JITTER = {'prob': 0.8, 'brightness': 0.8, 'contrast': 0.8, 'saturation': 0.8, 'hue': 0.2}
 HALF_JITTER = {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.4, 'hue': 0.1}
 
 
-def digits(c: ConfigDict) -> None:
+def digits(c: Config) -> None:
     config_lib.dataset(c, 'digits')
     c.total_steps, c.batch_size = 3000, 128
     c.log_every, c.eval_every, c.checkpoint_every = 100, 1000, 500
@@ -36,7 +35,7 @@ def digits(c: ConfigDict) -> None:
     c.evals = {'knn': {'k': 20, 'temperature': 0.07}, 'linear': {}}
 
 
-def cifar10_small(c: ConfigDict) -> None:
+def cifar10_small(c: Config) -> None:
     config_lib.dataset(c, 'cifar10')
     c.total_steps, c.batch_size = 400, 256
     c.log_every, c.checkpoint_every = 20, 200
@@ -47,7 +46,7 @@ def cifar10_small(c: ConfigDict) -> None:
     c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
 
 
-def cifar10(c: ConfigDict) -> None:
+def cifar10(c: Config) -> None:
     """Augmentation and temperature of SimCLR's CIFAR-10 command; the rest as ViTs want it."""
     config_lib.dataset(c, 'cifar10')
     c.total_epochs, c.batch_size = 800.0, 512
@@ -59,7 +58,7 @@ def cifar10(c: ConfigDict) -> None:
     c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
 
 
-def imagenet(c: ConfigDict) -> None:
+def imagenet(c: Config) -> None:
     """Optimiser and encoder of MoCo v3's ViT-S (CONFIG.md of its code); SimCLR's views and loss."""
     config_lib.dataset(c, 'imagenet')
     c.total_epochs, c.batch_size = 300.0, 4096
@@ -81,7 +80,7 @@ def imagenet(c: ConfigDict) -> None:
     c.evals = {'knn': {'k': 20, 'temperature': 0.07}, 'linear': {}}
 
 
-def folder(c: ConfigDict) -> None:
+def folder(c: Config) -> None:
     """The ImageNet recipe at a batch that one GPU holds."""
     imagenet(c)
     config_lib.dataset(c, 'folder')
@@ -91,6 +90,6 @@ def folder(c: ConfigDict) -> None:
     c.optim.warmup = 0.1
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
+def get_config(arg: str | None = None) -> Config:
     presets = (digits, cifar10_small, cifar10, imagenet, folder)
     return config_lib.preset({p.__name__: p for p in presets}, arg)

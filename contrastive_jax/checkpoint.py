@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: atomic, asynchronous, the newest few and the best; and the workdir's config.
+"""Checkpoints with Orbax, atomic and asynchronous, and the config that lies beside them.
 
 A checkpoint is the whole TrainState and the data iterator's position, so that a continued run is
 the same run. It appears under its final name only when it is complete.
@@ -17,6 +17,7 @@ from etils import epath
 from contrastive_jax.config import UserError
 from contrastive_jax.state import TrainState
 
+CONFIG = 'config.json'
 # What a config may change between two starts in one workdir: none of these touches the training.
 FREE = ('log_every', 'checkpoint_every', 'keep', 'evals', 'eval_every', 'tensorboard')
 
@@ -64,7 +65,7 @@ class Checkpoints:
         step: int,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts to save; returns once the state is copied. Saving a step twice is saving it once."""
+        """Starts to save and returns once the state is copied; a step is saved once."""
         if self.latest == step:
             return
         metrics = {self._best: metrics[self._best]} if metrics and self._best in metrics else None
@@ -100,44 +101,49 @@ class Checkpoints:
         self._manager.close()
 
 
-def claim(workdir: str | os.PathLike, config: Mapping[str, Any], create: bool = True) -> None:
-    """Makes the workdir this config's, or refuses one that is another config's.
+def check(workdir: str | os.PathLike, config: Mapping[str, Any], must_exist: bool = False) -> None:
+    """Refuses a workdir that belongs to another config.
 
     Args:
-        workdir: created if missing; its `config.json` says whose it is.
-        config: JSON-serialisable after `to_dict`; keys in FREE may differ.
-        create: False when the workdir must be there already.
+        workdir: its `config.json`, if there is one, says whose it is.
+        config: JSON-serialisable; keys in FREE may differ.
+        must_exist: refuse a workdir without a run, too.
 
     Raises:
         UserError: the workdir's config differs; the keys are listed with both values.
     """
-    path = epath.Path(workdir) / 'config.json'
-    mine = json.loads(json.dumps(dict(config)))
-    if path.exists():
-        try:
-            theirs = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f'{path}: not JSON ({error}); is this a workdir of ours?') from error
-        ours, kept = flatten(mine), flatten(theirs)
-        differing = [
-            f'  config.{key}: there {kept.get(key, "(not set)")!r}, '
-            f'here {ours.get(key, "(not set)")!r}'
-            for key in sorted(ours.keys() | kept.keys())
-            if key.split('.')[0] not in FREE and ours.get(key) != kept.get(key)
-        ]
-        if differing:
-            raise UserError(
-                f'{workdir} belongs to a run with another config:\n'
-                + '\n'.join(differing)
-                + '\nUse another --workdir, or the config that it was started with.'
-            )
-    elif not create:
-        raise UserError(f'--workdir: there is no run in {workdir} (no config.json).')
-    if create and jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name('config.json.tmp')
-        temporary.write_text(json.dumps(mine, indent=2) + '\n')
-        temporary.rename(path)
+    path = epath.Path(workdir) / CONFIG
+    if not path.exists():
+        if must_exist:
+            raise UserError(f'--workdir: there is no run in {workdir} (no {CONFIG}).')
+        return
+    try:
+        theirs = flatten(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f'{path}: not JSON ({error}); is this a workdir of ours?') from error
+    ours = flatten(json.loads(json.dumps(dict(config))))
+    differing = [
+        f'  config.{key}: there {theirs.get(key, "(not set)")!r}, '
+        f'here {ours.get(key, "(not set)")!r}'
+        for key in sorted(ours.keys() | theirs.keys())
+        if key.split('.')[0] not in FREE and ours.get(key) != theirs.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f'{workdir} belongs to a run with another config:\n'
+            + '\n'.join(differing)
+            + '\nUse another --workdir, or the config that it was started with.'
+        )
+
+
+def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Writes the config into the workdir, which is created if missing."""
+    path = epath.Path(workdir)
+    path.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        temporary = path / f'{CONFIG}.tmp'
+        temporary.write_text(json.dumps(dict(config), indent=2) + '\n')
+        temporary.replace(path / CONFIG)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -15,6 +15,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# A ConfigDict: its keys are attributes that no type checker can know.
+Config = Any
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: `main` prints the message alone and exits with 2."""
@@ -26,7 +29,9 @@ def unknown(what: str, got: object, exists: Iterable[str], where: str = '') -> U
     close = difflib.get_close_matches(str(got), exists, n=1, cutoff=0.5)
     hint = f' Did you mean {close[0]!r}?' if close else ''
     listed = ', '.join(map(repr, exists)) or 'none'
-    return UserError(f'{where}{": " if where else ""}unknown {what} {got!r}.{hint} Exists: {listed}.')
+    return UserError(
+        f'{where}{": " if where else ""}unknown {what} {got!r}.{hint} Exists: {listed}.'
+    )
 
 
 def choose(what: str, got: str, options: Mapping[str, Any], where: str = '') -> Any:
@@ -80,7 +85,7 @@ def build(package: str, spec: Mapping[str, Any], where: str, *args: Any, **more:
     return call(make, where, *args, **{**kwargs, **more})
 
 
-def base() -> ConfigDict:
+def base() -> Config:
     """Every top-level key with its meaning; a recipe fills in what is its own."""
     return ConfigDict(
         {
@@ -151,12 +156,12 @@ _DATASETS: dict[str, dict[str, Any]] = {
 }
 
 
-def dataset(config: ConfigDict, name: str) -> None:
+def dataset(config: Config, name: str) -> None:
     """Points a config at a known data set: its source, image size and pixel statistics."""
     config.data.update(choose('data set', name, _DATASETS))
 
 
-def preset(presets: Mapping[str, Callable[[ConfigDict], None]], arg: str | None) -> ConfigDict:
+def preset(presets: Mapping[str, Callable[[Config], None]], arg: str | None) -> Config:
     """`base()` filled in by the preset that the argument after the config's ':' names.
 
     Args:

@@ -54,6 +54,7 @@ class MLP(nn.Module):
                     momentum=0.9,
                     epsilon=1e-5,
                     use_bias=not last,
+                    use_fast_variance=False,  # E[x²] − E[x]² cancels
                     name=f'norm{i}',
                 )(x)
             if not last:

@@ -1,7 +1,7 @@
 """Multinomial logistic regression with an L2 penalty, solved to its minimum.
 
 N: rows, D: features, the last of which is constant 1 (its weight is the bias, and not penalised),
-C: classes, S: sets of rows, P: problems on one set: other rows to fit, the same strength.
+C: classes, S: sets of rows, P: problems on one set: other rows or strengths.
 """
 
 import functools
@@ -17,18 +17,16 @@ MEMORY = 10  # steps that L-BFGS remembers
 
 
 class Solution(NamedTuple):
-    """Of S · P problems: weights, and how they do on the rows held out.
+    """Of S · P problems: weights, and how well they predict the rows held out.
 
     Attributes:
         W_SPDC: weights.
-        correct_SP: int32, held-out rows classified correctly.
         loss_SP: summed cross-entropy of the held-out rows, nats.
         objective_SP: summed cross-entropy of the fitted rows + strength / 2 · ‖W‖².
         iterations: int32, of the problem that needed most.
     """
 
     W_SPDC: Any
-    correct_SP: Any
     loss_SP: Any
     objective_SP: Any
     iterations: Any
@@ -45,9 +43,10 @@ def solve(
     label_SN: jax.Array,
     fit_SPN: jax.Array,
     held_SPN: jax.Array,
-    strength: jax.Array,
+    strength_SP: jax.Array,
     W_SPDC: jax.Array,
-    limits: tuple[jax.Array, jax.Array],
+    tolerance_SP: jax.Array,
+    max_iterations: jax.Array,
 ) -> Solution:
     """Solves P problems on each of S sets of rows by L-BFGS, side by side.
 
@@ -59,22 +58,24 @@ def solve(
         x_SND: rows; under a mesh they may be sharded on N, and W is then the same everywhere.
         label_SN: int, in [0, C); rows neither fitted nor held out may have any.
         fit_SPN: bool, which rows each problem is fitted to; at least one.
-        held_SPN: bool, which rows it is tried on.
-        strength: scalar above 0.
+        held_SPN: bool, which rows its cross-entropy is measured on.
+        strength_SP: above 0.
         W_SPDC: where to start.
-        limits: (tolerance, max_iterations): a problem is solved when its next step promises to
-            lower the objective by less than this share.
+        tolerance_SP: a problem is solved when its next step promises to lower the objective by
+            less than this share.
+        max_iterations: of the problem that needs most.
 
     Nocedal and Wright 2006, Numerical Optimization, algorithms 7.4 and 7.5, with backtracking: the
     curvature condition sᵀy > 0 holds anyhow, because the objective is strictly convex along steps.
     The logits of a step's direction are computed once; the line search then needs elementwise work
     only, so that an iteration costs two products with x.
     """
-    tolerance, max_iterations = limits
     D, C = W_SPDC.shape[2:]
     rows_SP11 = fit_SPN.sum(-1)[..., None, None]
     share_SNP1 = jnp.swapaxes(fit_SPN / rows_SP11[..., 0], 1, 2)[..., None]
-    penalty = strength / rows_SP11 * (jnp.arange(D) < D - 1)[None, None, :, None]
+    penalty = (
+        strength_SP[..., None, None] / rows_SP11 * (jnp.arange(D) < D - 1)[None, None, :, None]
+    )
     true_SN1C = (label_SN[..., None] == jnp.arange(C)[None, None, :])[:, :, None, :]
     product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -117,7 +118,7 @@ def solve(
         memory = _remember(memory, s, g - last_g, dot)
         d = -_times_inverse_hessian(memory, g, dot)
         slope = dot(d, g)
-        active &= -slope > tolerance * f
+        active &= -slope > tolerance_SP[..., None, None] * f
         dz = logits(d)
         t, lower, found = search(z, dz, W, d, f, slope, active)
         active &= found
@@ -136,7 +137,6 @@ def solve(
     held_SNP = jnp.swapaxes(held_SPN, 1, 2)
     return Solution(
         W_SPDC,
-        jnp.sum(held_SNP & (z.argmax(-1) == label_SN[..., None]), 1),
         jnp.sum(jnp.where(held_SNP, cross_entropy(z), 0.0), 1),
         f[..., 0, 0] * rows_SP11[..., 0, 0],
         iterations,

@@ -4,6 +4,7 @@ Trains, or with --eval_only evaluates, what a config describes. The same command
 continues where it stopped.
 """
 
+import logging as stdlib_logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,10 +14,12 @@ from ml_collections import config_flags
 
 from contrastive_jax.config import UserError
 
+EXAMPLE = 'python -m contrastive_jax.main --config=configs/simclr_vit.py --workdir=runs/first'
+
 CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'A file of configs/, with :preset; --config.key=value changes a key.'
 )
-WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints, records and pictures go.')
+WORKDIR = flags.DEFINE_string('workdir', '', 'Where checkpoints, records and pictures go.')
 EVAL_ONLY = flags.DEFINE_bool('eval_only', False, "Evaluate the workdir's newest checkpoint.")
 COORDINATOR = flags.DEFINE_string(
     'coordinator', '', "host:port of process 0 of a multi-process run; 'auto' on TPU pods and SLURM"
@@ -33,7 +36,7 @@ def parse(argv: Sequence[str]) -> list[str]:
             raise UserError(f'unexpected argument {rest[1]!r}; options are written --name=value.')
         for flag in (CONFIG, WORKDIR):
             if not flag.value:
-                raise UserError(f'--{flag.name} is required, as in: {__doc__.splitlines()[0]}')
+                raise UserError(f'--{flag.name} is required, as in: {EXAMPLE}')
         return rest
     except FileNotFoundError as error:
         raise UserError(f'--config: {error}') from error
@@ -47,10 +50,19 @@ def compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a second start is quick."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values['jax_compilation_cache_dir'] is None:
         cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
         jax.config.update('jax_compilation_cache_dir', os.path.join(cache, 'contrastive_jax/xla'))
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+def quiet() -> None:
+    """Log lines of ours as plain text; of the libraries, warnings and errors."""
+    logging.set_verbosity(logging.INFO)
+    handler = logging.get_absl_handler()
+    ours = os.path.dirname(__file__)
+    handler.addFilter(lambda r: r.levelno > stdlib_logging.INFO or r.pathname.startswith(ours))
+    handler.setFormatter(stdlib_logging.Formatter('%(message)s'))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -58,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     # Not before flags are parsed: a typo is answered at once.
     from contrastive_jax import parallel, train
 
-    logging.set_verbosity(logging.INFO)
+    quiet()
     compilation_cache()
     parallel.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     train.run(CONFIG.value, WORKDIR.value, eval_only=EVAL_ONLY.value)

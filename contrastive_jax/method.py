@@ -20,7 +20,7 @@ class Method(NamedTuple):
     """A self-supervised method. Trainer, sharding and checkpoints know nothing else of it.
 
     `extra` is whatever must survive a restart beside the parameters: BatchNorm statistics, a
-    target network, a queue and its cursor, prototypes, a centre. Nobody but the method looks inside.
+    target network, a queue and its cursor, prototypes. Nobody but the method looks inside.
 
     Attributes:
         init: `(key, batch) -> (params, extra)`; run abstractly for shapes, and under jit.

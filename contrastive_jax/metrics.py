@@ -31,15 +31,16 @@ class Writer:
             enabled: whether this process writes; by default the first does.
 
         Raises:
-            UserError: tensorboard without TensorFlow.
+            UserError: tensorboard without TensorFlow and TensorBoard (clu's writer needs both).
         """
         self._enabled = jax.process_index() == 0 if enabled is None else enabled
         self._workdir, self._tensorboard, self._events = workdir, tensorboard, None
-        if tensorboard and importlib.util.find_spec('tensorflow') is None:
-            raise UserError(
-                'config.tensorboard: got True, but TensorFlow is not installed. Install it with '
-                "`pip install 'contrastive-jax[tensorflow]'`; metrics.jsonl is written without."
-            )
+        for package in ('tensorflow', 'tensorboard') if tensorboard else ():
+            if importlib.util.find_spec(package) is None:
+                raise UserError(
+                    f'config.tensorboard: got True, but {package} is not installed. Install it by '
+                    "`pip install 'contrastive-jax[tensorflow]'`; metrics.jsonl needs neither."
+                )
 
     def resume(self, step: int) -> None:
         """Drops records of later steps than the one the run continues at, so that none is double.

@@ -17,7 +17,7 @@ from contrastive_jax.config import UserError
 AXIS = 'data'
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """The one mesh: every device (or those given) along the axis that batches are sharded over."""
     devices = jax.devices() if devices is None else list(devices)
     return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))

@@ -180,9 +180,7 @@ def _logsumexp_shard_vjp(
 
     start = (_zeros(_tiles(rows_float, tile)), _zeros(closed_over))
     travelling = ((bank_float, bank_rest), _zeros(_tiles(bank_float, tile)))
-    (d_row_tiles, d_closed), (_, d_bank_tiles) = ring.carry_along(
-        against_shard, start, travelling
-    )
+    (d_row_tiles, d_closed), (_, d_bank_tiles) = ring.carry_along(against_shard, start, travelling)
     return (
         _untile(d_row_tiles, rows_float),
         _untile(d_bank_tiles, bank_float),
@@ -311,9 +309,7 @@ def _over_devices(
         out_specs=(split, split, PartitionSpec()) if gradient else split,
         check_vma=False,
     )
-    out = run(
-        _pad(rows, -M % size), _pad(bank, -N % size), _pad(cotangent, -M % size, fill=0.0)
-    )
+    out = run(_pad(rows, -M % size), _pad(bank, -N % size), _pad(cotangent, -M % size, fill=0.0))
     if not gradient:
         return _cut(out, M)
     return _cut(out[0], M), _cut(out[1], N), out[2]
@@ -429,9 +425,7 @@ def _with_integers(gradients: list, tree: Tree) -> Tree:
 
 def _zeros(tree: Tree) -> Tree:
     """Accumulators: float32 (or wider), whatever the dtype of the values."""
-    return jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree
-    )
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def _add(total: Tree, more: Tree) -> Tree:

@@ -64,9 +64,7 @@ def make_step(
         )
         batch = {**batch, 'views': augment(augment_key, batch['views'])}
         if accumulate == 1:
-            grads, extra, metrics = gradient(
-                state.params, state.extra, batch, loss_key, state.step
-            )
+            grads, extra, metrics = gradient(state.params, state.extra, batch, loss_key, state.step)
         else:
             # Row i goes to micro-batch i % accumulate, so that each keeps its rows spread over
             # the devices as they are and nothing moves.

@@ -20,12 +20,11 @@ from absl import logging
 from clu import parameter_overview
 from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from contrastive_jax import STARTED, augment, checkpoint, data, evals, figures, optim, parallel
 from contrastive_jax import config as config_lib
 from contrastive_jax import metrics as records
-from contrastive_jax.config import UserError, build
+from contrastive_jax.config import Config, UserError, build
 from contrastive_jax.data import pipeline
 from contrastive_jax.method import Method
 from contrastive_jax.state import TrainState, make_init, make_step
@@ -47,7 +46,7 @@ class Parts(NamedTuple):
     step: Callable[..., Any]
 
 
-def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[str, float]:
+def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, float]:
     """Trains to the end, continuing what the workdir holds, or evaluates its newest checkpoint.
 
     Args:
@@ -67,21 +66,28 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
     for key in config:
         if key not in config_lib.base():
             raise config_lib.unknown('key', key, config_lib.base(), 'config')
-    checkpoint.claim(workdir, config.to_dict(), create=not eval_only)
+    checkpoint.check(workdir, config.to_dict(), must_exist=eval_only)
     with jax.set_mesh(mesh):
         parts = build_parts(config, workdir, mesh)
+        iterator = None if eval_only else _iterator(config, parts)
+        # Nothing is written before all that a config can get wrong has been found right.
+        if not eval_only:
+            checkpoint.claim(workdir, config.to_dict())
         writer = records.Writer(workdir, tensorboard=config.tensorboard)
         checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.best)
         try:
-            if eval_only:
-                return _evaluate_only(config, workdir, mesh, parts, checkpoints, writer)
-            return _train(config, workdir, mesh, parts, checkpoints, writer)
+            if iterator is None:
+                values = _evaluate_only(config, workdir, mesh, parts, checkpoints, writer)
+            else:
+                values = _train(config, workdir, mesh, parts, iterator, checkpoints, writer)
+                iterator.close()
         finally:
             checkpoints.close()
             writer.close()
+    return values
 
 
-def build_parts(config: ConfigDict, workdir: str | None, mesh: jax.sharding.Mesh) -> Parts:
+def build_parts(config: Config, workdir: str | None, mesh: jax.sharding.Mesh) -> Parts:
     """Everything a config names; mistakes in it are found here, before anything runs."""
     method = build(
         'methods', config.method, 'config.method', build('models', config.model, 'config.model')
@@ -135,28 +141,18 @@ def build_parts(config: ConfigDict, workdir: str | None, mesh: jax.sharding.Mesh
 
 
 def _train(
-    config: ConfigDict,
+    config: Config,
     workdir: str,
     mesh: jax.sharding.Mesh,
     parts: Parts,
+    iterator: pipeline.BatchIterator,
     checkpoints: checkpoint.Checkpoints,
     writer: records.Writer,
 ) -> dict[str, float]:
-    d = config.data
-    iterator = pipeline.train_iterator(
-        parts.splits['train'],
-        batch_size=config.batch_size,
-        views=d.views,
-        image_size=d.image_size,
-        crop=d.crop.to_dict(),
-        seed=config.seed,
-        bad=parts.bad,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     state = checkpoints.restore(_abstract(parts, mesh), iterator)
     start = 0 if state is None else int(state.step)
     writer.resume(start)
+    iterator.start_prefetch()
     if state is None:
         state = parts.init()
         _overview(state, workdir)
@@ -198,27 +194,41 @@ def _train(
                 values |= progress.values() | {'train/bad_records': parts.bad.count}
                 logging.info(progress.line(values, parts.bad.count))
                 writer.write(step, values)
-                if step == start + 1 or evaluate:
-                    _draw(config, workdir, parts, batch, views=step == start + 1)
-            if evaluate:
-                with progress.pause():
+            with progress.pause():
+                if step == 1:
+                    _draw_views(config, workdir, parts, batch['views'])
+                if evaluate:
                     values = _evaluate(config, parts, mesh, state)
-                writer.write(step, values)
-            if save or stopping:
-                with progress.pause():
+                    writer.write(step, values)
+                    _draw_curves(workdir)
+                if save or stopping:
                     checkpoints.save(state, iterator, step, values if evaluate else None)
             if stopping:
                 logging.info(
                     'stopped by a signal and saved at step %d; the same command continues', step
                 )
                 return values
-    iterator.close()
     _summary(workdir, parts)
     return values
 
 
+def _iterator(config: Config, parts: Parts) -> pipeline.BatchIterator:
+    d = config.data
+    return pipeline.train_iterator(
+        parts.splits['train'],
+        batch_size=config.batch_size,
+        views=d.views,
+        image_size=d.image_size,
+        crop=d.crop.to_dict(),
+        seed=config.seed,
+        bad=parts.bad,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
 def _evaluate_only(
-    config: ConfigDict,
+    config: Config,
     workdir: str,
     mesh: jax.sharding.Mesh,
     parts: Parts,
@@ -244,27 +254,17 @@ def _abstract(parts: Parts, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def _evaluate(
-    config: ConfigDict, parts: Parts, mesh: jax.sharding.Mesh, state: TrainState | None
+    config: Config, parts: Parts, mesh: jax.sharding.Mesh, state: TrainState | None
 ) -> dict[str, float]:
     """What every evaluator says of a state's encoder, or with None of the raw pixels."""
     d = config.data
     whole, split = parallel.replicated(mesh), parallel.rows(mesh)
 
     if state is None:
-
-        @jax.jit
-        def encode(batch: dict[str, jax.Array]) -> jax.Array:
-            images = batch['image'].astype(jnp.float32) / 255.0
-            # Of large photographs every pixel would not fit: 32 × 32 tells as much here.
-            side = min(d.image_size, 32)
-            images = jax.image.resize(images, (images.shape[0], side, side, 3), 'linear')
-            return images.reshape(images.shape[0], -1)
-
+        encode = _pixels
     else:
         forward = _forward(parts.method, tuple(d.mean), tuple(d.std), whole, split)
-
-        def encode(batch: dict[str, jax.Array]) -> jax.Array:
-            return forward(state.params, state.extra, batch)
+        encode = functools.partial(forward, state.params, state.extra)
 
     def batches(name: str) -> Iterator[dict[str, np.ndarray]]:
         return pipeline.eval_batches(
@@ -291,6 +291,15 @@ def _evaluate(
         said = '  '.join(f'{k} {v:.4g}' for k, v in found.items())
         logging.info('%s: %s (%.1f s)', what, said or 'nothing', time.monotonic() - start)
     return values
+
+
+@jax.jit
+def _pixels(batch: dict[str, jax.Array]) -> jax.Array:
+    """The raw-pixel baseline; of large photographs 32 × 32 pixels, since all would not fit."""
+    images = batch['image'].astype(jnp.float32) / 255.0
+    side = min(images.shape[1], 32)
+    images = jax.image.resize(images, (images.shape[0], side, side, 3), 'linear')
+    return images.reshape(images.shape[0], -1)
 
 
 @functools.lru_cache(maxsize=2)
@@ -327,22 +336,19 @@ def _check(
     return values
 
 
-def _draw(
-    config: ConfigDict,
-    workdir: str,
-    parts: Parts,
-    batch: dict[str, np.ndarray],
-    views: bool,
-) -> None:
-    """views.png from a batch (once), and curves.png from the records."""
-    if jax.process_index() != 0:
-        return
-    if views:
-        some = jax.device_put(batch['views'][:16], jax.local_devices()[0])
-        shown = jax.jit(parts.augment)(jax.random.key(config.seed), some)
-        shown = np.asarray(shown) * np.array(config.data.std) + np.array(config.data.mean)
+def _draw_views(config: Config, workdir: str, parts: Parts, views: np.ndarray) -> None:
+    """views.png: what the encoder is shown of the first images."""
+    if jax.process_index() == 0:
+        some = jax.device_put(views[:16], jax.local_devices()[0])
+        with jax.set_mesh(parallel.make_mesh(jax.local_devices()[:1])):
+            shown = np.asarray(jax.jit(parts.augment)(jax.random.key(config.seed), some))
+        shown = shown * np.array(config.data.std) + np.array(config.data.mean)
         figures.views_grid(shown, epath.Path(workdir) / 'views.png')
-    else:
+
+
+def _draw_curves(workdir: str) -> None:
+    """curves.png: loss, learning rate and accuracies of the run so far."""
+    if jax.process_index() == 0:
         figures.training_curves(records.read(workdir), epath.Path(workdir) / 'curves.png')
 
 
@@ -384,7 +390,9 @@ def _summary(workdir: str, parts: Parts) -> None:
     if not rows:
         return
     test = len(parts.splits.get('test', ()))
-    print(f'\nTop-1 accuracy (%) on {test} held-out images, linear classifiers on frozen features\n')
+    print(
+        f'\nTop-1 accuracy (%) on {test} held-out images, linear classifiers on frozen features\n'
+    )
     print(records.table(rows, columns), flush=True)
     path = epath.Path(workdir) / 'results.json'
     table = {name: dict(zip(columns, values, strict=True)) for name, values in rows.items()}

@@ -140,7 +140,9 @@ def check_info_nce(shape, grid):
         temperature = np.float32(np.exp(rng.uniform(np.log(0.05), 0)))
         cases.append(((q, p, n, temperature), info_nce_oracle(q, p, n, temperature)))
     worst = _worst(
-        lambda tile: lambda q, p, n, t: losses.info_nce(q, p, n, temperature=t, tile=tile), cases, grid
+        lambda tile: lambda q, p, n, t: losses.info_nce(q, p, n, temperature=t, tile=tile),
+        cases,
+        grid,
     )
     assert worst <= TOLERANCE
 
@@ -169,7 +171,10 @@ FINITE = st.floats(-1e4, 1e4, width=32)
 
 
 @settings(max_examples=100, deadline=None)
-@given(values=st.lists(FINITE, min_size=24, max_size=24), temperature=st.sampled_from([0.05, 0.1, 0.5, 2.0]))
+@given(
+    values=st.lists(FINITE, min_size=24, max_size=24),
+    temperature=st.sampled_from([0.05, 0.1, 0.5, 2.0]),
+)
 def test_nt_xent_of_hostile_values(values, temperature):
     """Equal rows, zero rows, opposite rows, lengths from 1e-38 to 1e4: always finite and right."""
     a, b = np.asarray(values, np.float32).reshape(2, 4, 3)
@@ -216,7 +221,10 @@ def test_zero_embeddings_give_finite_gradients():
 @pytest.mark.parametrize(
     ('call', 'message'),
     [
-        (lambda: losses.nt_xent(jnp.ones((4, 2)), jnp.ones((3, 2)), temperature=0.1), 'row-aligned'),
+        (
+            lambda: losses.nt_xent(jnp.ones((4, 2)), jnp.ones((3, 2)), temperature=0.1),
+            'row-aligned',
+        ),
         (lambda: losses.nt_xent(jnp.ones((4, 2)), jnp.ones((4, 2)), temperature=0), 'temperature'),
         (
             lambda: losses.info_nce(

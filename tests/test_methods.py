@@ -49,9 +49,7 @@ def trainer(name, model, mesh, rate=1e-2, accumulate=1):
     tx, _ = optim.make(name='adamw', learning_rate=rate, total_steps=50, batch_size=256)
     example = {k: v[:1] for k, v in batch().items()}
     whole = parallel.replicated(mesh)
-    init = jax.jit(
-        lambda: state.make_init(method, tx, seed=3)(example), out_shardings=whole
-    )
+    init = jax.jit(lambda: state.make_init(method, tx, seed=3)(example), out_shardings=whole)
     step = state.make_step(method, tx, lambda key, views: views, seed=3, accumulate=accumulate)
     return init, jax.jit(step, in_shardings=(whole, parallel.rows(mesh)), out_shardings=whole)
 
@@ -116,7 +114,9 @@ class TestContract:
             s, metrics = step(s, parallel.shard_batch(mesh, batch(1)))
             checkpoints.wait()
             like = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated(mesh)),
+                lambda x: jax.ShapeDtypeStruct(
+                    x.shape, x.dtype, sharding=parallel.replicated(mesh)
+                ),
                 jax.eval_shape(init),
             )
             restored = checkpoints.restore(like)

@@ -77,6 +77,7 @@ def test_tensorboard_without_tensorflow_says_what_to_install(tmp_path, monkeypat
 @pytest.mark.tensorflow
 def test_tensorboard_events(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util import tensor_util
 
     writer = metrics.Writer(str(tmp_path), tensorboard=True)
     writer.write(3, {'train/loss': 1.5})
@@ -84,7 +85,7 @@ def test_tensorboard_events(tmp_path):
     events = EventAccumulator(str(tmp_path), size_guidance={'tensors': 0}).Reload()
     (event,) = events.Tensors('train/loss')
     assert event.step == 3
-    assert event.tensor_proto.float_val[0] == 1.5
+    assert tensor_util.make_ndarray(event.tensor_proto) == 1.5
 
 
 # --- Progress and table --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""ViT, ResNet and the projection head: shapes, sizes, formulas, gradients, devices, errors."""
+"""ViT and ResNet: shapes, sizes, formulas, gradients, devices, errors."""
 
 from functools import partial
 
@@ -272,6 +272,29 @@ def test_resnet_is_the_papers(block):
     np.testing.assert_allclose(features[0], y.mean((0, 1)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ('batch', 'side', 'stride', 'padding', 'size'),
+    [(12, 3, 1, 1, 5), (7, 3, 2, 1, 6), (16, 4, 2, 1, 8), (3, 1, 2, 0, 4), (17, 7, 2, 3, 9)],
+)
+def test_convolution_gradients(batch, side, stride, padding, size):
+    """Our kernel gradient, tiled over the batch, against loops in float64 and XLA's."""
+    x = images(batch, size, size + 2, 3)
+    kernel = images(side, side, 3, 4)
+    y, pull = jax.vjp(lambda x, k: resnet.convolve(x, k, stride, padding), x, kernel)
+    d_y = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+    d_x, d_kernel = pull(d_y)
+    want = jax.vjp(lambda x, k: resnet._convolve(x, k, stride, padding), x, kernel)[1](d_y)
+    np.testing.assert_allclose(d_x, want[0], atol=1e-4)
+    np.testing.assert_allclose(d_kernel, want[1], atol=1e-4)
+    padded = np.pad(np.float64(x), ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    loops = np.zeros(kernel.shape)
+    for i in range(y.shape[1]):
+        for j in range(y.shape[2]):
+            at = padded[:, i * stride : i * stride + side, j * stride : j * stride + side]
+            loops += np.einsum('bpqc,bd->pqcd', at, np.float64(d_y[:, i, j]))
+    np.testing.assert_allclose(d_kernel, loops, atol=1e-4)
+
+
 def test_resnet_starts_as_the_identity():
     for zero in (True, False):
         module = resnet.make(widths=(8,), blocks=(1,), stem='cifar', zero_init_last=zero)
@@ -333,58 +356,6 @@ def test_gradients_reach_every_parameter_on_one_device_and_eight(name):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), new8, new)
 
 
-def test_batch_statistics():
-    module = MLP(hidden=4, out=3, layers=2)
-    x = images(32, 5) + 2.0
-    params, stats = drawn(module, x)
-    train, new = apply(module, params, stats, x, True)
-
-    p, old = jax.tree.map(np.float64, (params, stats))
-    z = np.float64(x) @ p['linear1']['kernel']
-    running = {'mean': z.mean(0), 'var': z.var(0)}
-    for k, v in running.items():
-        np.testing.assert_allclose(new['norm1'][k], 0.9 * old['norm1'][k] + 0.1 * v, rtol=1e-4)
-
-    def rest(mean, var):
-        y = (z - mean) / np.sqrt(var + 1e-5) * p['norm1']['scale'] + p['norm1']['bias']
-        return np.maximum(y, 0) @ p['linear2']['kernel'] + p['linear2']['bias']
-
-    np.testing.assert_allclose(train, rest(**running), rtol=1e-4, atol=1e-5)
-    evaluated, same = apply(module, params, new, x, False)
-    jax.tree.map(np.testing.assert_array_equal, same, new)
-    want = rest(**jax.tree.map(np.float64, new['norm1']))
-    np.testing.assert_allclose(evaluated, want, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ('options', 'wanted'),
-    [
-        ({}, {'linear1': ['kernel'], 'norm1': ['bias', 'scale'], 'linear2': ['bias', 'kernel']}),
-        ({'batch_norm': False}, {'linear1': ['bias', 'kernel'], 'linear2': ['bias', 'kernel']}),
-        (
-            {'layers': 3, 'last_batch_norm': True},
-            {
-                'linear1': ['kernel'],
-                'norm1': ['bias', 'scale'],
-                'linear2': ['kernel'],
-                'norm2': ['bias', 'scale'],
-                'linear3': ['kernel'],
-                'norm3': ['scale'],
-            },
-        ),
-    ],
-)
-def test_head_layers(options, wanted):
-    head = MLP(hidden=7, out=3, **options)
-    x = jnp.zeros((4, 5))
-    params, stats = jax.eval_shape(partial(models.init, head), jax.random.key(0), x)
-    assert {k: sorted(v) for k, v in params.items()} == wanted
-    assert params['linear1']['kernel'].shape == (5, 7)
-    assert params[f'linear{head.layers}']['kernel'].shape[-1] == 3
-    y, _ = jax.eval_shape(partial(models.apply, head, train=True), params, stats, x)
-    assert (y.shape, y.dtype) == ((4, 3), jnp.float32)
-
-
 def test_config_lists_the_models():
     assert isinstance(
         config.build('models', {'name': 'vit', 'size': 'Ti'}, 'config.model'), vit.ViT
@@ -425,8 +396,6 @@ def test_errors_say_what_to_do(make, options, parts):
         assert part in str(error.value)
 
 
-def test_errors_of_calls():
+def test_error_of_a_call():
     with pytest.raises(UserError, match='10 x 8 pixels and patch=4'):
         init(vit.make(**TINY_VIT), images(1, 10, 8, 3))
-    with pytest.raises(UserError, match='layers=0'):
-        init(MLP(hidden=4, out=4, layers=0), images(2, 4))

@@ -67,7 +67,9 @@ def test_bilinear_score_with_label_mask(M, N, tile):
 
 def test_rows_without_any_score():
     def f(x):
-        lse_M = similarity.logsumexp(lambda r, b: jnp.full((r.shape[0], b.shape[0]), -jnp.inf), x, x)
+        lse_M = similarity.logsumexp(
+            lambda r, b: jnp.full((r.shape[0], b.shape[0]), -jnp.inf), x, x
+        )
         return jnp.sum(jnp.where(jnp.isneginf(lse_M), 1.0, lse_M))
 
     for mesh in meshes():
@@ -97,9 +99,9 @@ def test_top_k_breaks_ties_by_index_on_any_mesh(M, N, k, tile):
 
     for mesh in meshes():
         with jax.set_mesh(mesh):
-            got, where = jax.jit(
-                lambda q, bank: similarity.top_k(score, q, bank, k, tile=tile)
-            )(q, {'x': b, 'off': off})
+            got, where = jax.jit(lambda q, bank: similarity.top_k(score, q, bank, k, tile=tile))(
+                q, {'x': b, 'off': off}
+            )
         assert np.array_equal(where, padded)
         assert np.array_equal(got, values)
 
@@ -116,11 +118,15 @@ def test_no_collective_and_no_buffer_of_batch_by_batch(loss):
     mesh = parallel.make_mesh()
     with jax.set_mesh(mesh):
         rows = parallel.rows(mesh)
-        compiled = jax.jit(
-            jax.value_and_grad(call, (0, 1)), in_shardings=(rows, rows), out_shardings=None
-        ).lower(x, x).compile()
+        compiled = (
+            jax.jit(jax.value_and_grad(call, (0, 1)), in_shardings=(rows, rows), out_shardings=None)
+            .lower(x, x)
+            .compile()
+        )
     text = compiled.as_text()
-    collectives = re.findall(r'= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)', text)
+    collectives = re.findall(
+        r'= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)', text
+    )
     assert collectives, 'eight devices must talk to each other'
     local = B // len(mesh.devices)
     for shapes in (text, *collectives):
@@ -133,6 +139,8 @@ def test_no_collective_and_no_buffer_of_batch_by_batch(loss):
 
 def test_mismatched_and_empty_trees_are_named():
     with pytest.raises(ValueError, match='first dimension'):
-        similarity.logsumexp(lambda r, b: r[0] @ b.T, (jnp.ones((3, 2)), jnp.ones(4)), jnp.ones((2, 2)))
+        similarity.logsumexp(
+            lambda r, b: r[0] @ b.T, (jnp.ones((3, 2)), jnp.ones(4)), jnp.ones((2, 2))
+        )
     with pytest.raises(ValueError, match='not be empty'):
         similarity.logsumexp(lambda r, b: r @ b.T, jnp.ones((3, 2)), jnp.ones((0, 2)))

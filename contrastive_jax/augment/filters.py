@@ -28,7 +28,9 @@ def noise(frame: Frame, *, prob: float | Sequence[float], std: float = 0.1) -> A
 
     def apply(key: jax.Array, draw: jax.Array, x: jax.Array) -> jax.Array:
         scale = spread(jnp.where(coin(draw), std, 0.0), x)
-        return jnp.clip(x + scale * jax.random.normal(key, x.shape), 0, 1)
+        # Two axes, because five take seconds to compile on the CPU.
+        normal = jax.random.normal(key, (len(x), x[0].size)).reshape(x.shape)
+        return jnp.clip(x + scale * normal, 0, 1)
 
     return apply
 

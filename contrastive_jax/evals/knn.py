@@ -15,6 +15,8 @@ from jax import lax
 from contrastive_jax import evals, similarity
 from contrastive_jax.config import UserError
 
+TILE = 4096  # 64 MiB of scores: with large k, fewer merges of best ks count for more
+
 
 def make(
     k: int = 20,
@@ -107,7 +109,7 @@ def _hits(
         return jnp.where((label_n >= 0)[None, :], scores, -jnp.inf)
 
     bank = (_unit(bank_ND), label_N)
-    scores_Mk, neighbours_Mk = similarity.top_k(cosine, _unit(query_MD), bank, k)
+    scores_Mk, neighbours_Mk = similarity.top_k(cosine, _unit(query_MD), bank, k, tile=TILE)
     # Relative to the nearest one: the vote is the same, and exp(1 / temperature) cannot overflow.
     weights_Mk = jnp.exp((scores_Mk - scores_Mk[:, :1]) / temperature)
     voted_Mk = label_N[neighbours_Mk]
