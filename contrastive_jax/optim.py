@@ -123,9 +123,9 @@ def _lamb(
 ) -> optax.GradientTransformation:
     """LAMB (You et al. 2020, arXiv:1904.00962), biases and norms by plain Adam.
 
-    Paper: a trust ratio for every parameter; here: for the decayed ones only, as in its authors'
-    code, because a bias that starts at 0 could only grow by a factor of 1 + rate a step. So this is
-    `optax.lamb` with its trust ratio masked, which it has no option for.
+    Paper: a trust ratio for every parameter; here: for the decayed ones only, because a
+    bias that starts at 0 could only grow by a factor of 1 + rate a step. So this is `optax.lamb`
+    with its trust ratio masked, which it has no option for.
     """
     return optax.chain(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),

@@ -196,6 +196,9 @@ def _fit_all(
         for strength in path:
             start = solutions[-1].W_SPDC if solutions else W
             solutions.append(solve(labelled_N & ~held_N, held_N, strength, start, limits.choosing))
+            losses = [float(s.loss_SP[0, 0]) for s in solutions[-3:]]
+            if len(losses) == 3 and losses[0] < losses[1] < losses[2]:
+                break  # overfitting more and more; the weakest strengths take longest to solve
         best = int(_choose(solutions)[0])
         W = solutions[best].W_SPDC
     solution = solve(labelled_N, np.zeros_like(held_N), path[best], W, limits.tolerance)

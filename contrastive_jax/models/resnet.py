@@ -24,6 +24,7 @@ STEMS = {  # side, stride, padding, max-pool?
     'imagenet': (7, 2, 3, True),
     'cifar': (3, 1, 1, False),
     'patch4': (4, 2, 1, False),
+    'patch': (4, 4, 0, False),
 }
 BLOCKS = ('basic', 'bottleneck')
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')

@@ -82,7 +82,7 @@ class Block(nn.Module):
         x = x + Attention(self.heads, self.dtype, name='attention')(y, batch)
         y = nn.LayerNorm(dtype=self.dtype, name='norm2')(x)
         y = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, name='mlp1')(y)
-        # Paper: exact GELU; here: its tanh form, because exact costs 2.5 times as much on a CPU.
+        # Paper: exact GELU; here: its tanh form, because exact takes twice as long on a CPU.
         y = nn.gelu(y, approximate=True)
         return x + nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name='mlp2')(y)
 
