@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from contrastive_jax import checkpoint, main, metrics
+from contrastive_jax import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [
@@ -69,7 +70,7 @@ def parameters(workdir):
     steps = [p for p in (pathlib.Path(workdir) / 'checkpoints').iterdir() if p.name.isdigit()]
     newest = max(steps, key=lambda p: int(p.name))
     tree = ocp.PyTreeCheckpointer().restore(newest / 'state')
-    return checkpoint.flatten(tree)
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def assert_same_bits(a, b):
@@ -165,11 +166,8 @@ def test_records_and_the_newest_checkpoints_are_kept(whole):
         assert (whole / name).read_bytes().startswith(b'\x89PNG')
 
 
-def test_another_config_is_refused_with_the_differing_keys(whole, capsys):
-    code, error = command(
-        whole, '--config.seed=1', '--config.method.temperature=0.7', capsys=capsys
-    )
-    assert code == 2
+def test_another_config_is_refused_with_the_differing_keys(whole):
+    error = mistake(whole, '--config.seed=1', '--config.method.temperature=0.7')
     assert 'config.seed: there 0, here 1' in error
     assert 'config.method.temperature: there 0.2, here 0.7' in error
 
@@ -209,20 +207,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(tmp_pat
     assert max(kept) < step
 
 
-def command(workdir, *flags, capsys, tiny=TINY):
-    """(exit code, error text) of the command, run in a process of its own."""
-    del capsys
-    process = start(workdir, *flags, tiny=tiny)
-    out, _ = process.communicate(timeout=60)
+def mistake(workdir, *flags):
+    """What the command says of a user's mistake, which it must answer quickly and with code 2."""
+    out = finish(start(workdir, *flags), code=2)
     assert 'Traceback' not in out, out
-    return process.returncode, out
+    assert 'error: ' in out
+    return out
 
 
 @pytest.mark.parametrize(
     ('flags', 'expected'),
     [
         (['--config=configs/simclr_vit.py:cifra10'], ["'cifra10'", "'cifar10'", "'imagenet'"]),
-        (['--config=configs/simclr_vti.py'], ['simclr_vti.py']),
+        (['--config=configs/simclr_vti.py'], ["Did you mean 'simclr_vit.py'"]),
         (['--config.batchsize=3'], ['batchsize', 'batch_size']),
         (['--config.batch_size=many'], ['batch_size', 'many']),
         (['--config.method.name=simclear'], ["'simclear'", "Did you mean 'simclr'"]),
@@ -238,41 +235,15 @@ def command(workdir, *flags, capsys, tiny=TINY):
         (['stray'], ['stray']),
     ],
 )
-def test_mistakes_on_the_command_line(flags, expected, tmp_path, capsys):
-    """Within a second or two, in words, without a traceback and without a workdir left behind."""
-    code, out = in_process(tmp_path / 'run', flags, capsys)
-    assert code == 2
+def test_mistakes_on_the_command_line(flags, expected, tmp_path):
+    """Within seconds, in words, without a traceback and without a workdir left behind."""
+    out = mistake(tmp_path / 'run', *flags)
     for text in expected:
         assert text in out, out
-    assert not (tmp_path / 'run' / 'checkpoints').exists()
+    assert not (tmp_path / 'run').exists()
 
 
 def test_a_batch_that_does_not_divide_by_the_devices(tmp_path):
     out = finish(start(tmp_path, '--config.batch_size=12', devices=8), code=2)
     assert 'does not divide by 8 devices' in out
     assert 'Traceback' not in out
-
-
-def in_process(workdir, flags, capsys):
-    """Runs the command in this process, where JAX is imported already."""
-    from absl import flags as absl_flags
-
-    code = None
-
-    def leave(status):
-        nonlocal code
-        code = status
-        raise SystemExit(status)
-
-    former, sys.argv = sys.argv, ['main', *TINY, f'--workdir={workdir}', *flags]
-    exit_, os._exit = os._exit, leave
-    directory = os.getcwd()
-    os.chdir(ROOT)
-    try:
-        with pytest.raises(SystemExit):
-            main.run()
-    finally:
-        sys.argv, os._exit = former, exit_
-        os.chdir(directory)
-        absl_flags.FLAGS.unparse_flags()
-    return code, capsys.readouterr().err
