@@ -24,8 +24,8 @@ HALF_JITTER = {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.
 
 def digits(c: Config) -> None:
     config_lib.dataset(c, 'digits')
-    c.total_steps, c.batch_size = 3000, 128
-    c.log_every, c.eval_every, c.checkpoint_every = 100, 1000, 500
+    c.total_steps, c.batch_size = 600, 128
+    c.log_every, c.checkpoint_every = 50, 200
     # No flips: a mirrored 2 is no digit.
     c.data.crop = {'scale': (0.3, 1.0), 'interpolation': 'bicubic', 'flip': 0.0}
     c.augment = {'jitter': {'prob': 0.8, 'brightness': 0.6, 'contrast': 0.6}}

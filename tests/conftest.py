@@ -4,7 +4,9 @@ import os
 
 # Before jax is imported anywhere: the backend reads these once.
 os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+    os.environ.get('XLA_FLAGS', '')
+    + ' --xla_force_host_platform_device_count=8'
+    + ' --xla_backend_optimization_level=0'  # compiling is most of the tests' time
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
 

@@ -228,7 +228,7 @@ def mistake(workdir, *flags):
         (['--config.optim.name=adam'], ["'adam'", "'adamw'", "'lars'"]),
         (["--config.evals={'kn': {}}"], ["'kn'", "'knn'"]),
         (["--config.augment={'jiter': {}}"], ["'jiter'", "'jitter'"]),
-        (["--config.model={'name': 'vit', 'dept': 3}"], ["'dept'", "Did you mean 'depth'"]),
+        (["--config.augment={'jitter': {'prob': 1, 'hu': 1}}"], ["'hu'", "Did you mean 'hue'"]),
         (['--config.total_steps=0'], ['total_steps', 'total_epochs']),
         (['--config.batch_size=5000'], ['5000', '1297']),
         (['--config.data.source=folder'], ['--config.data.root=DIR']),

@@ -17,11 +17,14 @@ from contrastive_jax.similarity import TILE
 
 
 def normalize(x_BD: jax.Array) -> jax.Array:
-    """Rows of Euclidean length 1, float32. A zero row stays zero, with gradient zero."""
+    """Rows of Euclidean length 1, float32. A row shorter than 1e-15 becomes 0, with gradient 0."""
     x_BD = x_BD.astype(jnp.float32)
     square_B1 = jnp.sum(jnp.square(x_BD), axis=-1, keepdims=True)
-    # The smallest normal float32 keeps rsqrt finite at 0 and changes no row of any real length.
-    return x_BD * lax.rsqrt(jnp.maximum(square_B1, jnp.finfo(jnp.float32).tiny))
+    # Below, squares leave float32's range and a direction means nothing. The inner `where` keeps
+    # 0 · ∞ out of the gradient.
+    counts_B1 = square_B1 > 1e-30
+    scale_B1 = lax.rsqrt(jnp.where(counts_B1, square_B1, 1.0))
+    return x_BD * jnp.where(counts_B1, scale_B1, 0.0)
 
 
 def inner(rows_mD: jax.Array, bank_nD: jax.Array) -> jax.Array:
