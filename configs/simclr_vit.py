@@ -27,11 +27,11 @@ def digits(c: Config) -> None:
     c.total_steps, c.batch_size = 600, 128
     c.log_every, c.checkpoint_every = 50, 200
     # No flips: a mirrored 2 is no digit.
-    c.data.crop = {'scale': (0.3, 1.0), 'interpolation': 'bicubic', 'flip': 0.0}
+    c.data.crop = {'scale': (0.5, 1.0), 'interpolation': 'bicubic', 'flip': 0.0}
     c.augment = {'jitter': {'prob': 0.8, 'brightness': 0.6, 'contrast': 0.6}}
     c.model = {'name': 'vit', 'width': 96, 'depth': 4, 'heads': 3, 'patch': 2, 'pool': 'mean'}
     c.method = {'name': 'simclr', 'temperature': 0.2, 'hidden': 256, 'projection': 64}
-    c.optim = {'name': 'adamw', 'learning_rate': 2e-3, 'weight_decay': 0.05, 'warmup': 0.1}
+    c.optim = {'name': 'adamw', 'learning_rate': 6e-3, 'weight_decay': 0.05, 'warmup': 0.1}
     c.evals = {'knn': {'k': 20, 'temperature': 0.07}, 'linear': {}}
 
 
