@@ -297,8 +297,8 @@ def _evaluate(
 def _pixels(mean: tuple, std: tuple, batch: dict[str, jax.Array]) -> jax.Array:
     """The raw-pixel baseline: normalised as for the encoder, at most 16 × 16 of them.
 
-    Cosines of pixels that are all positive say little; and averaging 2 × 2 pixels costs kNN on
-    CIFAR-10 nothing, while all pixels of a photograph would not fit.
+    Cosines of pixels that are all positive say little, and all pixels of a photograph would not
+    fit. What the smaller size costs the baseline has not been measured.
     """
     images = augment.normalize(batch['image'], mean, std)
     side = min(images.shape[1], 16)

@@ -222,7 +222,8 @@ def make(
         block: 'basic' or 'bottleneck'; 'basic' where size is 'custom' and it is not set.
             widths, blocks and block, where set, replace those of `size`.
         stem: 'imagenet' (7x7 stride 2, then 3x3 max-pool stride 2), 'cifar' (3x3 stride 1; SimCLR,
-            appendix B.9) or 'patch4' (4x4 stride 2: ours, a quarter of the work of 'cifar').
+            appendix B.9) 'patch4' (4x4 stride 2: ours, a quarter of the work of 'cifar')
+            or 'patch' (4x4 stride 4).
         zero_init_last: start each block as the identity: scale 0 in its last BatchNorm (Goyal et
             al. 2017, arXiv:1706.02677, section 5.1). The block's other parameters then get no
             gradient in the first step.
