@@ -4,6 +4,7 @@ Batch rows are sharded over the mesh's first axis, parameters are replicated. Ev
 plain single-device mathematics under `jit`; only `similarity.py` talks to its neighbours itself.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,56 @@ AXIS = 'data'
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """The one mesh: every device (or those given) along the axis that batches are sharded over."""
-    devices = jax.devices() if devices is None else list(devices)
+    """The one mesh: every device (or those given) along the axis that batches are sharded over.
+
+    They come in an order in which neighbours on the mesh, and its two ends, are neighbours on the
+    hardware, where there is one: what travels around the ring then crosses one link a hop, which
+    XLA overlaps with compute.
+    """
+    devices = _ring(list(jax.devices() if devices is None else devices))
     return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def _ring(devices: list[Any]) -> list[Any]:
+    """Devices with coordinates on a full grid as a closed walk over its links; others as they are.
+
+    Such a walk exists where both sides of a two-dimensional grid are above 1 and one is even. A
+    third dimension is taken along a snake, which unrolls it.
+    """
+    chips: dict[tuple[int, ...], list[Any]] = {}
+    for device in devices:
+        chips.setdefault(tuple(getattr(device, 'coords', None) or ()), []).append(device)
+    if () in chips:
+        return devices
+    axes = [sorted(set(values)) for values in zip(*chips, strict=True)]
+    if math.prod(map(len, axes)) != len(chips):
+        return devices
+    # The longest even side first; the others, unrolled, are the grid's second side.
+    axes_order = sorted(range(len(axes)), key=lambda a: (len(axes[a]) % 2, -len(axes[a])))
+    first, *others = axes_order
+    across = _snake([len(axes[a]) for a in others])
+    if len(across) == 1:
+        walk = [(r, 0) for r in range(len(axes[first]))]
+    else:
+        # Back and forth without column 0, by which the way then returns.
+        columns = range(1, len(across))
+        walk = [(r, c) for r in range(len(axes[first])) for c in columns[:: 1 - 2 * (r % 2)]]
+        walk += [(r, 0) for r in reversed(range(len(axes[first])))]
+    ordered = []
+    for r, c in walk:
+        place = dict(zip(others, across[c], strict=True)) | {first: r}
+        ordered += chips[tuple(axes[a][place[a]] for a in range(len(axes)))]
+    return ordered
+
+
+def _snake(sides: list[int]) -> list[tuple[int, ...]]:
+    """All places of a grid, each next to the one before it."""
+    path: list[tuple[int, ...]] = [()]
+    for side in sides:
+        path = [
+            (*place, i) for at, place in enumerate(path) for i in range(side)[:: 1 - 2 * (at % 2)]
+        ]
+    return path
 
 
 def rows(mesh: Mesh) -> NamedSharding:
@@ -50,8 +98,8 @@ def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Ar
 
     Args:
         mesh: the mesh of all processes' devices.
-        batch: this process's rows, each leaf [B / process_count, ...]; process p holds the p-th
-            stretch of the global batch.
+        batch: this process's rows, each leaf [B / process_count, ...]. They lie, in order, where
+            its devices are on the mesh.
     """
     sharding = rows(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

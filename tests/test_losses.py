@@ -3,6 +3,8 @@
 Dimension key: B pairs, K negatives, D embedding, R = 2B views.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,12 +91,200 @@ def pairs(rng, B, D):
     return [(x * np.exp(rng.normal(size=(B, 1)))).astype(np.float32) for x in (a, b)]
 
 
+# --- every loss against its textbook form --------------------------------------------------------
+#
+# An oracle is the paper's formula on dense float64 matrices, written for either array module: NumPy
+# gives the value, JAX in float64 the gradient of the same lines.
+
+
+def dense_cosine(xp, a, b):
+    return (a / xp.linalg.norm(a, axis=1, keepdims=True)) @ (
+        b / xp.linalg.norm(b, axis=1, keepdims=True)
+    ).T
+
+
+def log_mean_exp(xp, x, keep):
+    """log of the mean of exp(x) over what is kept, by rows."""
+    top = xp.where(keep, x, -xp.inf).max(1)
+    total = xp.where(keep, xp.exp(xp.where(keep, x - top[:, None], 0.0)), 0.0).sum(1)
+    return top + xp.log(total) - np.log(keep.sum(1))
+
+
+def clip_oracle(xp, image, text, scale):
+    logits = scale * dense_cosine(xp, image, text)
+    own = np.eye(len(image), dtype=bool)
+    total = 0.0
+    for side in (logits, logits.T):
+        total += (log_mean_exp(xp, side, np.ones_like(own)) + np.log(len(image))).mean()
+    return total / 2 - (xp.where(own, logits, 0.0).sum(1)).mean()
+
+
+def siglip_oracle(xp, image, text, scale, bias):
+    logits = scale * dense_cosine(xp, image, text) + bias
+    z = 2 * np.eye(len(image)) - 1
+    return xp.logaddexp(0.0, -z * logits).sum() / len(image)
+
+
+def sup_con_oracle(log):
+    def oracle(xp, views, temperature, labels):
+        B, V, D = views.shape
+        z, label = views.reshape(B * V, D), np.repeat(labels, V)
+        scores = dense_cosine(xp, z, z) / temperature
+        others = ~np.eye(B * V, dtype=bool)
+        positive = others & (label[:, None] == label[None])
+        anchors = positive.any(1)
+        if not anchors.any():
+            return xp.sum(0.0 * z)
+        scores, others, positive = scores[anchors], others[anchors], positive[anchors]
+        log_total = log_mean_exp(xp, scores, others) + np.log(others.sum(1))
+        if log == 'out':
+            of_positives = xp.where(positive, scores, 0.0).sum(1) / positive.sum(1)
+        else:
+            of_positives = log_mean_exp(xp, scores, positive)
+        return (log_total - of_positives).mean()
+
+    return oracle
+
+
+def n_pair_oracle(xp, anchor, positive):
+    scores = anchor @ positive.T
+    own = np.eye(len(anchor), dtype=bool)
+    correct = xp.where(own, scores, 0.0).sum(1)
+    softmax = log_mean_exp(xp, scores, np.ones_like(own)) + np.log(len(anchor))
+    penalty = (anchor**2).sum(1) + (positive**2).sum(1)
+    return (softmax - correct).mean() + 0.02 * penalty.mean()
+
+
+def distances(xp, x, distance, linear=None):
+    if distance == 'cosine':
+        return 1 - dense_cosine(xp, x, x)
+    x = x if linear is None else x @ linear.T
+    square = ((x[:, None, :] - x[None, :, :]) ** 2).sum(-1)
+    if distance == 'squared_euclidean':
+        return square
+    apart = square > 0
+    return xp.where(apart, xp.sqrt(xp.where(apart, square, 1.0)), 0.0)
+
+
+def max_margin_oracle(distance):
+    def oracle(xp, x, *rest):
+        *linear, labels = rest
+        d = distances(xp, x, distance, *linear)
+        same = labels[:, None] == labels[None]
+        loss = xp.where(same, d**2, xp.maximum(0.5 - d, 0.0) ** 2) / 2
+        B = len(x)
+        return xp.where(np.eye(B, dtype=bool), 0.0, loss).sum() / (B * (B - 1))
+
+    return oracle
+
+
+def triplet_oracle(mining, distance):
+    """One triplet at a time."""
+
+    def oracle(xp, x, labels):
+        d = distances(xp, x, distance)
+        chosen = distances(np, np.asarray(jax.lax.stop_gradient(x)), distance)
+        triplets = []
+        for a in range(len(x)):
+            positives = [p for p in range(len(x)) if p != a and labels[p] == labels[a]]
+            negatives = [n for n in range(len(x)) if labels[n] != labels[a]]
+            if not positives or not negatives:
+                continue
+            if mining == 'batch_hard':
+                p = max(positives, key=lambda p: chosen[a, p])
+                pairs = [(p, min(negatives, key=lambda n: chosen[a, n]))]
+            elif mining == 'all':
+                pairs = [(p, n) for p in positives for n in negatives]
+            else:
+                pairs = []
+                for p in positives:
+                    farther = [n for n in negatives if chosen[a, n] > chosen[a, p]]
+                    nearest = min(farther, key=lambda n: chosen[a, n]) if farther else None
+                    farthest = max(negatives, key=lambda n: chosen[a, n])
+                    pairs.append((p, farthest if nearest is None else nearest))
+            triplets += [(a, p, n) for p, n in pairs]
+        if not triplets:
+            return xp.sum(0.0 * x)
+        a, p, n = np.array(triplets).T
+        return xp.maximum(d[a, p] - d[a, n] + 0.3, 0.0).mean()
+
+    return oracle
+
+
+def two_views(rng, B, D):
+    return (*pairs(rng, B, D), np.float32(np.exp(rng.uniform(0, 3))))
+
+
+def labelled(rng, B, D):
+    """Embeddings and labels, some of which occur once."""
+    return rng.normal(size=(B, D)).astype(np.float32), rng.integers(0, max(2, B // 3), B)
+
+
+# name -> (random arguments, of which the trailing integers are labels, the oracle, ours)
+CASES = {
+    'clip': (two_views, clip_oracle, losses.clip),
+    'siglip': (
+        lambda rng, B, D: (*two_views(rng, B, D), np.float32(rng.normal())),
+        siglip_oracle,
+        losses.siglip,
+    ),
+    'n_pair': (
+        lambda rng, B, D: pairs(rng, B, D),
+        n_pair_oracle,
+        lambda a, p, **how: losses.n_pair(a, p, l2=0.02, **how),
+    ),
+    'max_margin_mahalanobis': (
+        lambda rng, B, D: (
+            labelled(rng, B, D)[0] / np.float32(np.sqrt(2 * D)),
+            rng.normal(size=(5, D)).astype(np.float32) / np.float32(np.sqrt(5)),
+            labelled(rng, B, D)[1],
+        ),
+        max_margin_oracle('mahalanobis'),
+        lambda x, linear, labels, **how: losses.max_margin(
+            x, labels, margin=0.5, distance='mahalanobis', map_KD=linear, **how
+        ),
+    ),
+}
+for log in ('out', 'in'):
+    CASES[f'sup_con_{log}'] = (
+        lambda rng, B, D: (
+            rng.normal(size=(B, int(rng.integers(1, 4)) if B < 20 else 2, D)).astype(np.float32),
+            np.float32(rng.uniform(0.05, 1)),
+            rng.integers(0, 5, B),
+        ),
+        sup_con_oracle(log),
+        lambda z, t, labels, log=log, **how: losses.sup_con(z, labels, t, log=log, **how),
+    )
+for distance in ('euclidean', 'squared_euclidean', 'cosine'):
+    CASES[f'max_margin_{distance}'] = (
+        lambda rng, B, D: (
+            labelled(rng, B, D)[0] / np.float32(np.sqrt(4 * D)),
+            rng.integers(0, 4, B),
+        ),
+        max_margin_oracle(distance),
+        lambda x, labels, distance=distance, **how: losses.max_margin(
+            x, labels, margin=0.5, distance=distance, **how
+        ),
+    )
+for mining in ('all', 'semi_hard', 'batch_hard'):
+    CASES[f'triplet_{mining}'] = (
+        labelled,
+        triplet_oracle(mining, 'euclidean'),
+        lambda x, labels, mining=mining, **_: losses.triplet(x, labels, margin=0.3, mining=mining),
+    )
+
 # Shapes that divide by nothing, that are smaller than the mesh, and that fill several tiles.
 NT_XENT_SHAPES = [(1, 8), (3, 2), (16, 33), (37, 64), (64, 16)]
 INFO_NCE_SHAPES = [(1, 5, 8), (6, 1, 3), (16, 64, 32), (11, 50, 17)]
-# Every count of devices and every tile once; the slow tests take all pairs.
-FEW = [(1, 3), (2, 16), (4, 1024), (8, 16)]
-ALL = [(devices, tile) for devices in (1, 2, 4, 8) for tile in (3, 16, 1024)]
+SHAPES = [(2, 8), (13, 33), (32, 16)]
+# Every count of devices, every tile and both exchanges; the slow tests take all of them.
+FEW = [(1, 3, 'auto'), (2, 16, 'ring'), (4, 1024, 'gather'), (8, 16, 'ring'), (8, 5, 'gather')]
+ALL = [
+    (devices, tile, exchange)
+    for devices in (1, 2, 4, 8)
+    for tile in (3, 16, 1024)
+    for exchange in (('ring', 'gather') if devices > 1 else ('auto',))
+]
 
 
 @pytest.mark.parametrize('shape', NT_XENT_SHAPES)
@@ -109,12 +299,20 @@ def test_info_nce_equals_the_paper(shape):
     check_info_nce(shape, FEW)
 
 
+@pytest.mark.parametrize('name', CASES)
+def test_loss_equals_its_textbook_form(name):
+    """Two devices' ring or eight devices' gather, a shape each; the slow test takes all."""
+    check_case(name, SHAPES[1:2], [FEW[1], FEW[4]], 4)
+
+
 @pytest.mark.slow
 def test_losses_equal_the_papers_on_all_devices_and_tiles():
     for shape in NT_XENT_SHAPES:
         check_nt_xent(shape, ALL)
     for shape in INFO_NCE_SHAPES:
         check_info_nce(shape, ALL)
+    for name in CASES:
+        check_case(name, SHAPES, ALL, 10)
 
 
 def check_nt_xent(shape, grid):
@@ -124,9 +322,7 @@ def check_nt_xent(shape, grid):
         a, b = pairs(rng, *shape)
         temperature = np.float32(np.exp(rng.uniform(np.log(0.05), 0)))
         cases.append(((a, b, temperature), nt_xent_oracle(a, b, temperature)))
-    worst = _worst(
-        lambda tile: lambda a, b, t: losses.nt_xent(a, b, temperature=t, tile=tile), cases, grid
-    )
+    worst = _worst(lambda a, b, t, **how: losses.nt_xent(a, b, temperature=t, **how), cases, grid)
     assert worst <= TOLERANCE
 
 
@@ -140,30 +336,53 @@ def check_info_nce(shape, grid):
         temperature = np.float32(np.exp(rng.uniform(np.log(0.05), 0)))
         cases.append(((q, p, n, temperature), info_nce_oracle(q, p, n, temperature)))
     worst = _worst(
-        lambda tile: lambda q, p, n, t: losses.info_nce(q, p, n, temperature=t, tile=tile),
-        cases,
-        grid,
+        lambda q, p, n, t, **how: losses.info_nce(q, p, n, temperature=t, **how), cases, grid
     )
     assert worst <= TOLERANCE
 
 
-def _worst(loss_of_tile, cases, grid):
-    """The largest relative error of value and embeddings' gradients over devices and tiles.
+def check_case(name, shapes, grid, count):
+    draw, oracle, loss = CASES[name]
+    for shape in shapes:
+        rng = np.random.default_rng(shape)
+        cases = []
+        for _ in range(count):
+            inputs = draw(rng, *shape)
+            floats = [x for x in inputs if x.dtype == np.float32]
+            rest = [x for x in inputs if x.dtype != np.float32]
+            value = oracle(np, *(x.astype(np.float64) for x in floats), *rest)
+            with jax.enable_x64(True), jax.numpy_rank_promotion('allow'):
+                wide = [jnp.asarray(x, jnp.float64) for x in floats]
+                dense = functools.partial(lambda rest, *x: oracle(jnp, *x, *rest), rest)
+                gradients = jax.grad(dense, tuple(range(len(wide))))(*wide)
+            gradients = jax.device_get(gradients)
+            cases.append((inputs, (value, gradients)))
+        worst = _worst(loss, cases, grid)
+        assert worst <= TOLERANCE, f'{name} {shape}: {worst:.2g}'
 
-    The temperature's gradient cancels between positives and negatives, so it is held to the size
-    of its two terms instead.
+
+def _worst(loss, cases, grid):
+    """The largest relative error of value and embeddings' gradients over the grid.
+
+    The gradient of a scalar (temperature, scale, bias) cancels between positives and negatives, so
+    it is held to the size of its two terms instead.
     """
     worst = 0.0
-    arguments = tuple(range(len(cases[0][0])))
-    for devices, tile in grid:
+    floats = tuple(i for i, x in enumerate(cases[0][0]) if x.dtype == np.float32)
+    for devices, tile, exchange in grid:
         with jax.set_mesh(parallel.make_mesh(jax.devices()[:devices])):
-            compiled = jax.jit(jax.value_and_grad(loss_of_tile(tile), arguments))
+            ours = functools.partial(loss, tile=tile, exchange=exchange)
+            compiled = jax.jit(jax.value_and_grad(ours, floats))
             for inputs, (value, gradients) in cases:
-                got, (*got_d, got_dt) = jax.device_get(compiled(*inputs))
-                *d, dt = gradients
-                flat = [np.concatenate([x.ravel() for x in xs]) for xs in (got_d, d)]
-                worst = max(worst, relative(got, value), relative(*flat))
-                assert abs(got_dt - dt) <= TOLERANCE / inputs[-1] ** 2
+                got, got_d = jax.device_get(compiled(*inputs))
+                worst = max(worst, relative(got, value))
+                arrays = [i for i, g in enumerate(gradients) if np.ndim(g)]
+                flat = [np.concatenate([x[i].ravel() for i in arrays]) for x in (got_d, gradients)]
+                worst = max(worst, relative(*flat))
+                for i, g in enumerate(gradients):
+                    if not np.ndim(g):
+                        size = max(1, abs(g), 1 / float(inputs[floats[i]]) ** 2)
+                        assert abs(got_d[i] - g) <= TOLERANCE * size
     return worst
 
 
@@ -226,6 +445,23 @@ def test_zero_embeddings_give_finite_gradients():
             'row-aligned',
         ),
         (lambda: losses.nt_xent(jnp.ones((4, 2)), jnp.ones((4, 2)), temperature=0), 'temperature'),
+        (lambda: losses.clip(jnp.ones((4, 2)), jnp.ones((4, 2)), -1.0), 'logit_scale'),
+        (lambda: losses.sup_con(jnp.ones((4, 2)), jnp.ones(4, int), 0.1), r'\[B, V, D\]'),
+        (lambda: losses.sup_con(jnp.ones((4, 1, 2)), jnp.ones(4), 0.1), 'integer labels'),
+        (lambda: losses.sup_con(jnp.ones((4, 1, 2)), jnp.ones(4, int), 0.1, log='up'), "'in'"),
+        (lambda: losses.triplet(jnp.ones((4, 2)), jnp.ones(4, int), mining='x'), 'semi_hard'),
+        (lambda: losses.triplet(jnp.ones((4, 2)), jnp.ones(4, int), distance='x'), 'cosine'),
+        (lambda: losses.max_margin(jnp.ones((1, 2)), jnp.ones(1, int)), 'at least two'),
+        (
+            lambda: losses.max_margin(jnp.ones((4, 2)), jnp.ones(4, int), map_KD=jnp.ones((2, 2))),
+            'mahalanobis',
+        ),
+        (
+            lambda: losses.nt_xent(
+                jnp.ones((4, 2)), jnp.ones((4, 2)), temperature=1, exchange='mail'
+            ),
+            'exchange',
+        ),
         (
             lambda: losses.info_nce(
                 jnp.ones((4, 2)), jnp.ones((4, 2)), jnp.ones((5, 3)), temperature=0.1

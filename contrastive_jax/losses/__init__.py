@@ -1,5 +1,6 @@
-"""Pure functions of embeddings. Contrastive ones see the global batch and store no matrix."""
+"""Pure functions of embeddings. They see the global batch and store no matrix of scores."""
 
-from contrastive_jax.losses.contrastive import info_nce, nt_xent
+from contrastive_jax.losses.contrastive import clip, info_nce, n_pair, nt_xent, siglip, sup_con
+from contrastive_jax.losses.metric import max_margin, triplet
 
-__all__ = ['info_nce', 'nt_xent']
+__all__ = ['clip', 'info_nce', 'max_margin', 'n_pair', 'nt_xent', 'siglip', 'sup_con', 'triplet']

@@ -1,39 +1,36 @@
-"""Contrastive losses as reductions of `similarity.logsumexp`.
+"""Contrastive losses as reductions of `similarity`: softmax and sigmoid of scores.
 
 Call them on the whole batch: under `jax.set_mesh(mesh)` with rows sharded on the mesh's first axis
 every device's rows meet every other device's. Embeddings come in unnormalised, in any floating
-dtype; similarities are cosines, computed and accumulated in float32.
+dtype; scores are computed and accumulated in float32.
 
-B: pairs, K: negatives, D: embedding dimensions.
+B: pairs, V: views, K: negatives, D: embedding dimensions, R: rows, all views of all images.
 """
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax import lax
 
 from contrastive_jax import similarity
+from contrastive_jax.losses.scores import (
+    check_labels,
+    check_pairs,
+    check_positive,
+    cosine,
+    inner,
+    items,
+    unit,
+)
 from contrastive_jax.similarity import TILE
 
 
-def normalize(x_BD: jax.Array) -> jax.Array:
-    """Rows of Euclidean length 1, float32. A row shorter than 1e-15 becomes 0, with gradient 0."""
-    x_BD = x_BD.astype(jnp.float32)
-    square_B1 = jnp.sum(jnp.square(x_BD), axis=-1, keepdims=True)
-    # Below, squares leave float32's range and a direction means nothing. The inner `where` keeps
-    # 0 · ∞ out of the gradient.
-    counts_B1 = square_B1 > 1e-30
-    scale_B1 = lax.rsqrt(jnp.where(counts_B1, square_B1, 1.0))
-    return x_BD * jnp.where(counts_B1, scale_B1, 0.0)
-
-
-def inner(rows_mD: jax.Array, bank_nD: jax.Array) -> jax.Array:
-    """All inner products [m, n], in full float32 also where the hardware's default is less."""
-    return jnp.einsum('md,nd->mn', rows_mD, bank_nD, precision=lax.Precision.HIGHEST)
-
-
 def nt_xent(
-    view_a_BD: jax.Array, view_b_BD: jax.Array, *, temperature: float | jax.Array, tile: int = TILE
+    view_a_BD: jax.Array,
+    view_b_BD: jax.Array,
+    *,
+    temperature: float | jax.Array,
+    tile: int = TILE,
+    exchange: str = 'auto',
 ) -> jax.Array:
     """NT-Xent over the 2B views of the global batch (SimCLR, Chen et al. 2020, eq. 1, Alg. 1).
 
@@ -44,26 +41,26 @@ def nt_xent(
     Args:
         view_a_BD, view_b_BD: embeddings of two views, row-aligned; need not be normalised.
         temperature: τ > 0.
-        tile: see `similarity.logsumexp`.
+        tile, exchange: see `similarity.logsumexp`.
 
     Returns:
         float32 scalar, at least 0; 0 for B = 1, where there are no negatives.
+
+    Raises:
+        ValueError: shapes that differ; a temperature that is not above 0.
     """
-    _check_pairs('nt_xent', view_a_BD, view_b_BD)
-    _check_temperature('nt_xent', temperature)
-    a_BD, b_BD = normalize(view_a_BD), normalize(view_b_BD)
+    check_pairs('nt_xent', view_a_BD, view_b_BD)
+    check_positive('nt_xent', 'temperature', temperature)
     # (b v), not (v b): rows of one image stay on one device, so nothing moves.
-    z_RD = rearrange(jnp.stack([a_BD, b_BD], axis=1), 'b v d -> (b v) d')
-    image_R = jnp.arange(z_RD.shape[0], dtype=jnp.int32) // 2
+    z_RD = rearrange(jnp.stack([view_a_BD, view_b_BD], axis=1), 'b v d -> (b v) d')
+    views = {'image': jnp.arange(z_RD.shape[0], dtype=jnp.int32) // 2, **items(z_RD)}
 
-    def negatives(row, bank):
+    def negatives(row: dict, bank: dict) -> jax.Array:
         same_mn = row['image'][:, None] == bank['image'][None, :]  # itself and its positive
-        scores_mn = inner(row['z'], bank['z']) / temperature
-        return jnp.where(same_mn, -jnp.inf, scores_mn)
+        return jnp.where(same_mn, -jnp.inf, cosine(row, bank, z_RD.dtype) / temperature)
 
-    views = {'z': z_RD, 'image': image_R}
-    negatives_R = similarity.logsumexp(negatives, views, views, tile=tile)
-    positive_B = jnp.sum(a_BD * b_BD, axis=-1) / temperature
+    negatives_R = similarity.logsumexp_symmetric(negatives, views, tile=tile, exchange=exchange)
+    positive_B = jnp.sum(unit(view_a_BD) * unit(view_b_BD), axis=-1) / temperature
     # log(e^p + e^n) − p = softplus(n − p), which keeps its digits also when the loss is near 0.
     return jnp.mean(jax.nn.softplus(negatives_R.reshape(-1, 2) - positive_B[:, None]))
 
@@ -75,6 +72,7 @@ def info_nce(
     *,
     temperature: float | jax.Array,
     tile: int = TILE,
+    exchange: str = 'auto',
 ) -> jax.Array:
     """InfoNCE with one positive and K shared negatives a query (van den Oord et al. 2018, eq. 4;
     MoCo, He et al. 2020, eq. 1).
@@ -85,36 +83,234 @@ def info_nce(
         query_BD, positive_BD: embeddings, row-aligned; need not be normalised.
         negatives_KD: embeddings that count for every query (a queue); need not be normalised.
         temperature: τ > 0.
-        tile: see `similarity.logsumexp`.
+        tile, exchange: see `similarity.logsumexp`.
 
     Returns:
         float32 scalar, at least 0.
+
+    Raises:
+        ValueError: shapes that do not fit together; a temperature that is not above 0.
     """
-    _check_pairs('info_nce', query_BD, positive_BD)
-    _check_temperature('info_nce', temperature)
+    check_pairs('info_nce', query_BD, positive_BD)
+    check_positive('info_nce', 'temperature', temperature)
     if negatives_KD.ndim != 2 or negatives_KD.shape[1] != query_BD.shape[1]:
         raise ValueError(
             f'info_nce: negatives_KD must be [K, {query_BD.shape[1]}] as the queries are, '
             f'got {negatives_KD.shape}'
         )
-    query_BD, positive_BD = normalize(query_BD), normalize(positive_BD)
-
-    def score(query, negative):
-        return inner(query, negative) / temperature
-
-    negatives_B = similarity.logsumexp(score, query_BD, normalize(negatives_KD), tile=tile)
-    positive_B = jnp.sum(query_BD * positive_BD, axis=-1) / temperature
+    dtype = jnp.promote_types(query_BD.dtype, negatives_KD.dtype)
+    negatives_B = similarity.logsumexp(
+        lambda query, negative: cosine(query, negative, dtype) / temperature,
+        items(query_BD),
+        items(negatives_KD),
+        tile=tile,
+        exchange=exchange,
+    )
+    positive_B = jnp.sum(unit(query_BD) * unit(positive_BD), axis=-1) / temperature
     return jnp.mean(jax.nn.softplus(negatives_B - positive_B))
 
 
-def _check_pairs(loss: str, a_BD: jax.Array, b_BD: jax.Array) -> None:
-    if a_BD.ndim != 2 or a_BD.shape != b_BD.shape:
-        raise ValueError(
-            f'{loss}: expected two row-aligned arrays of equal shape [B, D], '
-            f'got {a_BD.shape} and {b_BD.shape}'
+def clip(
+    image_BD: jax.Array,
+    text_BD: jax.Array,
+    logit_scale: float | jax.Array,
+    *,
+    tile: int = TILE,
+    exchange: str = 'auto',
+) -> jax.Array:
+    """Softmax loss over pairs, in both directions (CLIP, Radford et al. 2021, figure 3).
+
+    The mean of `−log exp(t·s_ii) / Σ_j exp(t·s_ij)` over images i and of the same over texts, with
+    s the cosine. One pass over the scores serves both directions.
+
+    Args:
+        image_BD, text_BD: embeddings, row-aligned; need not be normalised.
+        logit_scale: t > 0, the factor itself (the exponential of what CLIP learns): 1 / τ.
+        tile, exchange: see `similarity.logsumexp`.
+
+    Returns:
+        float32 scalar, at least 0; 0 for B = 1.
+
+    Raises:
+        ValueError: shapes that differ; a scale that is not above 0.
+    """
+    check_pairs('clip', image_BD, text_BD)
+    check_positive('clip', 'logit_scale', logit_scale)
+    images, texts, dtype = _pairs(image_BD, text_BD)
+
+    def negatives(image: dict, text: dict) -> jax.Array:
+        paired_mn = image['pair'][:, None] == text['pair'][None, :]
+        return jnp.where(paired_mn, -jnp.inf, logit_scale * cosine(image, text, dtype))
+
+    over_texts_B, over_images_B = similarity.logsumexp_both(
+        negatives, images, texts, tile=tile, exchange=exchange
+    )
+    positive_B = logit_scale * jnp.sum(unit(image_BD) * unit(text_BD), axis=-1)
+    losses_B = jax.nn.softplus(over_texts_B - positive_B)
+    return jnp.mean(losses_B + jax.nn.softplus(over_images_B - positive_B)) / 2
+
+
+def siglip(
+    image_BD: jax.Array,
+    text_BD: jax.Array,
+    logit_scale: float | jax.Array,
+    logit_bias: float | jax.Array,
+    *,
+    tile: int = TILE,
+    exchange: str = 'auto',
+) -> jax.Array:
+    """Sigmoid loss over all pairs (SigLIP, Zhai et al. 2023, eq. 1).
+
+    `−1/B Σ_ij log σ(z_ij (t·s_ij + b))` with s the cosine and z 1 for a pair, −1 otherwise.
+
+    Args:
+        image_BD, text_BD: embeddings, row-aligned; need not be normalised.
+        logit_scale: t > 0, the factor itself (the exponential of what SigLIP learns).
+        logit_bias: b.
+        tile, exchange: see `similarity.logsumexp`.
+
+    Returns:
+        float32 scalar, at least 0.
+
+    Raises:
+        ValueError: shapes that differ; a scale that is not above 0.
+    """
+    check_pairs('siglip', image_BD, text_BD)
+    check_positive('siglip', 'logit_scale', logit_scale)
+    images, texts, dtype = _pairs(image_BD, text_BD)
+    B = image_BD.shape[0]
+
+    def term(image: dict, text: dict) -> jax.Array:
+        paired_mn = image['pair'][:, None] == text['pair'][None, :]
+        logits_mn = logit_scale * cosine(image, text, dtype) + logit_bias
+        return jax.nn.softplus(jnp.where(paired_mn, -logits_mn, logits_mn)) / B
+
+    return similarity.sum(term, images, texts, tile=tile, exchange=exchange)
+
+
+def sup_con(
+    embeddings_BVD: jax.Array,
+    labels_B: jax.Array,
+    temperature: float | jax.Array,
+    *,
+    log: str = 'out',
+    tile: int = TILE,
+    exchange: str = 'auto',
+) -> jax.Array:
+    """Supervised contrastive loss (SupCon, Khosla et al. 2020, eqs. 2 and 3).
+
+    For an anchor i among all R = B·V views, with P its other views and those of images with its
+    label: L_out, `−1/|P| Σ_p log(exp(s_ip / τ) / Σ_{a ≠ i} exp(s_ia / τ))`, or L_in, where the mean
+    over P is inside the logarithm. The mean over all anchors that have a positive. (The authors'
+    code multiplies by τ / 0.07.)
+
+    Args:
+        embeddings_BVD: V views of B images; need not be normalised.
+        labels_B: integers, which images are of one class.
+        temperature: τ > 0.
+        log: 'out' or 'in': where the logarithm is.
+        tile, exchange: see `similarity.logsumexp`.
+
+    Returns:
+        float32 scalar; 0 where no anchor has a positive.
+
+    Raises:
+        ValueError: shapes that do not fit together, labels that are no integers, a temperature
+            that is not above 0, an unknown `log`.
+    """
+    if embeddings_BVD.ndim != 3:
+        raise ValueError(f'sup_con: expected embeddings [B, V, D], got {embeddings_BVD.shape}')
+    check_labels('sup_con', embeddings_BVD, labels_B)
+    check_positive('sup_con', 'temperature', temperature)
+    if log not in ('out', 'in'):
+        raise ValueError(f"sup_con: log must be 'out' or 'in', got {log!r}")
+    B, V, _ = embeddings_BVD.shape
+    dtype = embeddings_BVD.dtype
+    views = {
+        'view': jnp.arange(B * V, dtype=jnp.int32),
+        'label': jnp.repeat(labels_B, V, total_repeat_length=B * V),
+        **items(rearrange(embeddings_BVD, 'b v d -> (b v) d')),
+    }
+
+    def other(row: dict, bank: dict) -> jax.Array:
+        return row['view'][:, None] != bank['view'][None, :]
+
+    def positive(row: dict, bank: dict) -> jax.Array:
+        return other(row, bank) & (row['label'][:, None] == bank['label'][None, :])
+
+    def score(row: dict, bank: dict) -> jax.Array:
+        return cosine(row, bank, dtype) / temperature
+
+    how = {'tile': tile, 'exchange': exchange}
+    positives_R = similarity.count(positive, views, views, **how).astype(jnp.float32)
+    anchors = jnp.maximum(jnp.sum(positives_R > 0), 1)
+    all_R = similarity.logsumexp_symmetric(
+        lambda row, bank: jnp.where(other(row, bank), score(row, bank), -jnp.inf), views, **how
+    )
+    all_R = jnp.where(positives_R > 0, all_R, 0.0)
+    if log == 'in':
+        positive_R = similarity.logsumexp_symmetric(
+            lambda row, bank: jnp.where(positive(row, bank), score(row, bank), -jnp.inf),
+            views,
+            **how,
         )
+        positive_R = jnp.where(positives_R > 0, positive_R, 0.0)
+        losses_R = all_R - positive_R + jnp.log(jnp.maximum(positives_R, 1))
+        return jnp.sum(losses_R) / anchors
+    # Every term is divided here, so that the sum is the size of the loss.
+    views['share'] = jax.lax.stop_gradient(1 / (anchors * jnp.maximum(positives_R, 1)))
+    positive_sum = similarity.sum(
+        lambda row, bank: jnp.where(
+            positive(row, bank), score(row, bank) * row['share'][:, None], 0.0
+        ),
+        views,
+        views,
+        **how,
+    )
+    return jnp.sum(all_R) / anchors - positive_sum
 
 
-def _check_temperature(loss: str, temperature: float | jax.Array) -> None:
-    if isinstance(temperature, (int, float)) and not temperature > 0:
-        raise ValueError(f'{loss}: temperature must be > 0, got {temperature}')
+def n_pair(
+    anchor_BD: jax.Array,
+    positive_BD: jax.Array,
+    *,
+    l2: float = 0.0,
+    tile: int = TILE,
+    exchange: str = 'auto',
+) -> jax.Array:
+    """Multi-class N-pair loss (Sohn 2016, eq. 7, with the penalty of section 3.2.2).
+
+    `1/B Σ_i log(1 + Σ_{j ≠ i} exp(a_i·p_j − a_i·p_i))` on inner products, not cosines, plus
+    `l2 · 1/B Σ_i (‖a_i‖² + ‖p_i‖²)`, which keeps the lengths from growing.
+
+    Args:
+        anchor_BD, positive_BD: embeddings, row-aligned, each pair of another class.
+        l2: weight of the squared lengths, at least 0.
+        tile, exchange: see `similarity.logsumexp`.
+
+    Returns:
+        float32 scalar, at least 0.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    check_pairs('n_pair', anchor_BD, positive_BD)
+    anchors, positives, dtype = _pairs(anchor_BD, positive_BD)
+
+    def negatives(anchor: dict, positive: dict) -> jax.Array:
+        paired_mn = anchor['pair'][:, None] == positive['pair'][None, :]
+        return jnp.where(paired_mn, -jnp.inf, inner(anchor['z'], positive['z'], dtype))
+
+    negatives_B = similarity.logsumexp(negatives, anchors, positives, tile=tile, exchange=exchange)
+    a_BD, p_BD = anchor_BD.astype(jnp.float32), positive_BD.astype(jnp.float32)
+    loss = jnp.mean(jax.nn.softplus(negatives_B - jnp.sum(a_BD * p_BD, axis=-1)))
+    if l2:
+        loss += l2 * jnp.mean(jnp.sum(a_BD**2 + p_BD**2, axis=-1))
+    return loss
+
+
+def _pairs(a_BD: jax.Array, b_BD: jax.Array) -> tuple[dict, dict, jnp.dtype]:
+    """Both sides' items with the number of their pair, and the wider dtype."""
+    pair_B = jnp.arange(a_BD.shape[0], dtype=jnp.int32)
+    dtype = jnp.promote_types(a_BD.dtype, b_BD.dtype)
+    return {'pair': pair_B, **items(a_BD)}, {'pair': pair_B, **items(b_BD)}, dtype

@@ -1,0 +1,424 @@
+"""How a matrix of pair scores is cut into tiles and shards and visited, for `similarity`.
+
+M: rows, N: bank rows, m, n: a tile's.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+Tree = Any
+Score = Callable[..., jax.Array]  # (rows_block, bank_block) -> scores_mn
+
+# With 'auto', a bank that takes this much as float32 on every device is gathered: one collective
+# instead of one a device.
+GATHERED_BYTES = 4 * 2**20
+HOP_BYTES = 16 * 2**20  # that a device sends to its neighbour at a time
+EXCHANGES = ('auto', 'ring', 'gather')
+STRIP = 2**22  # scores that `strips` holds at a time
+
+
+class Block(NamedTuple):
+    """Items, their global indices, and which of them are real, not padding."""
+
+    x: Tree
+    index: jax.Array
+    counts: jax.Array
+
+
+class Layout(NamedTuple):
+    """How a matrix of M × N scores is cut over devices and into tiles."""
+
+    M: int
+    N: int
+    devices: int
+    gather: bool
+    row_tiles: tuple[int, int]  # of a device's rows: how many, of which size
+    bank_tiles: tuple[int, int]  # of a shard, or where it is gathered of the whole bank
+
+    @classmethod
+    def of(cls, rows: Tree, bank: Tree, tile: int, exchange: str) -> 'Layout':
+        if exchange not in EXCHANGES:
+            raise ValueError(f'similarity: exchange must be one of {EXCHANGES}, got {exchange!r}')
+        M, N, devices = length(rows), length(bank), device_count()
+        small = 4 * _floats(bank) <= GATHERED_BYTES
+        gather = exchange == 'gather' or (exchange == 'auto' and small)
+        gather = gather and devices > 1
+        shard = N if gather else -(-N // devices)
+        return cls(M, N, devices, gather, tiling(-(-M // devices), tile), tiling(shard, tile))
+
+    def run(
+        self,
+        body: Callable,
+        rows: Tree,
+        bank: Tree,
+        start: Callable[[], tuple],
+        join: Callable[[Tree], Tree] | None = None,
+    ) -> tuple[Tree, Tree, Tree]:
+        """Folds body over all tiles of the matrix.
+
+        Args:
+            body: `(row_block, bank_block, row_carry, bank_carry, shared) -> the last three`, the
+                carries those of the blocks' items.
+            rows: pytree of arrays [M, ...].
+            bank: pytree of arrays [N, ...].
+            start: the three at the start: leading with `row_tiles`, with `bank_tiles`, and any
+                shape. A device's shared value is its own; at the end they are added up.
+            join: a carry of the bank with a leading dimension of devices -> without; adds unless
+                it is given.
+
+        Returns:
+            The carries [M, ...] and [N, ...], and the shared value.
+        """
+        if self.devices == 1:
+            return self._local(body, rows, bank, start, join)
+        split = PartitionSpec(axis())
+        local = jax.shard_map(
+            lambda rows, bank: self._local(body, rows, bank, start, join),
+            in_specs=(split, split),
+            out_specs=(split, split, PartitionSpec()),
+            check_vma=False,
+        )
+        padded = pad(rows, -self.M % self.devices), pad(bank, -self.N % self.devices)
+        row_carry, bank_carry, shared = local(*padded)
+        return cut(row_carry, self.M), cut(bank_carry, self.N), shared
+
+    def _local(
+        self, body: Callable, rows: Tree, bank: Tree, start: Callable, join: Callable | None
+    ) -> tuple[Tree, Tree, Tree]:
+        """One device's part of `run`."""
+        here = 0 if self.devices == 1 else lax.axis_index(axis())
+        row_length, bank_length = length(rows), length(bank)
+        row_blocks = self._blocks(rows, here * row_length, self.M, self.row_tiles)
+        if self.devices == 1 or self.gather:
+            if self.gather:
+                bank = jax.tree.map(lambda x: lax.all_gather(x, axis(), tiled=True), bank)
+            bank_blocks = self._blocks(cut(bank, self.N), 0, self.N, self.bank_tiles)
+            row_carry, bank_carry, shared = _sweep(body, row_blocks, bank_blocks, start())
+            bank_carry = untile(bank_carry, self.N)
+            if self.gather:
+                bank_carry = pad(bank_carry, bank_length * self.devices - self.N)
+                bank_carry = jax.tree.map(self._home, bank_carry)
+                added = functools.partial(jax.tree.map, lambda x: x.sum(0))
+                bank_carry = (join or added)(bank_carry)
+        else:
+
+            def step(i: jax.Array, state: tuple) -> tuple:
+                bank, carries = state
+                shard = (here + i) % self.devices
+                blocks = self._blocks(bank, shard * bank_length, self.N, self.bank_tiles)
+                row_carry, bank_carry, shared = _sweep(body, row_blocks, blocks, carries)
+                # What was accumulated for a shard goes along: after `devices` hops both are home.
+                bank, bank_carry = jax.tree.map(self._hop, (bank, bank_carry))
+                return bank, (row_carry, bank_carry, shared)
+
+            _, (row_carry, bank_carry, shared) = lax.fori_loop(
+                0, self.devices, step, (bank, start())
+            )
+            bank_carry = untile(bank_carry, bank_length)
+        if self.devices > 1:
+            shared = lax.psum(shared, axis())
+        return untile(row_carry, row_length), bank_carry, shared
+
+    def _hop(self, x: jax.Array) -> jax.Array:
+        """Device i hands x to i − 1; what is large, piece by piece, so that only a piece waits."""
+        hops = [(i, (i - 1) % self.devices) for i in range(self.devices)]
+        pieces = min(-(-x.size * x.dtype.itemsize // HOP_BYTES), x.shape[0])
+        while x.shape[0] % pieces:
+            pieces += 1
+
+        def piece(i: jax.Array, x: jax.Array) -> jax.Array:
+            arrived = lax.ppermute(x[i], axis(), hops)
+            return lax.dynamic_update_index_in_dim(x, arrived, i, 0)
+
+        if pieces == 1:
+            return lax.ppermute(x, axis(), hops)
+        cut = x.reshape(pieces, -1, *x.shape[1:])
+        return lax.fori_loop(0, pieces, piece, cut).reshape(x.shape)
+
+    def _home(self, x: jax.Array) -> jax.Array:
+        """[N padded, ...] on every device -> [devices, shard, ...]: all that is said of a shard."""
+        return lax.all_to_all(
+            x.reshape(self.devices, -1, *x.shape[1:]), axis(), split_axis=0, concat_axis=0
+        )
+
+    @staticmethod
+    def _blocks(x: Tree, first: Any, total: int, tiles: tuple[int, int]) -> Block:
+        index = first + jnp.arange(length(x), dtype=jnp.int32)
+        counts = tile_up(index < total, tiles, fill=False)
+        return Block(tile_up(x, tiles), tile_up(index, tiles), counts)
+
+
+def _sweep(body: Callable, rows: Block, bank: Block, carries: tuple) -> tuple:
+    """Folds body over all pairs of tiles; carries are updated in place."""
+
+    def at(tree: Tree, i: jax.Array) -> Tree:
+        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+    def put(tree: Tree, tile: Tree, i: jax.Array) -> Tree:
+        return jax.tree.map(lambda x, t: lax.dynamic_update_index_in_dim(x, t, i, 0), tree, tile)
+
+    def row_step(i: jax.Array, carries: tuple) -> tuple:
+        row_carry, bank_carry, shared = carries
+        row = at(rows, i)
+
+        def bank_step(j: jax.Array, carries: tuple) -> tuple:
+            mine, bank_carry, shared = carries
+            mine, theirs, shared = body(row, at(bank, j), mine, at(bank_carry, j), shared)
+            return mine, put(bank_carry, theirs, j), shared
+
+        start = at(row_carry, i), bank_carry, shared
+        mine, bank_carry, shared = lax.fori_loop(0, bank.index.shape[0], bank_step, start)
+        return put(row_carry, mine, i), bank_carry, shared
+
+    return lax.fori_loop(0, rows.index.shape[0], row_step, carries)
+
+
+def gradients(
+    score: Score,
+    layout: 'Layout',
+    weigh: Callable[[jax.Array, tuple, tuple], jax.Array],
+    rows_side: tuple,
+    bank_side: tuple,
+    closed_over: tuple,
+    *,
+    symmetric: bool = False,
+) -> tuple[Any, list, list, tuple]:
+    """Pulls a weight for every score back to rows, bank and closed-over values, tile by tile.
+
+    Args:
+        score: of a pair.
+        layout: of the matrix.
+        weigh: `(scores_mn, rest of row_side, rest of bank_side) -> d loss / d scores_mn`. For a
+            `sum` scores are terms.
+        rows_side: (rows, what else weigh needs of them).
+        bank_side: (bank, what else weigh needs of it).
+        closed_over: what the score closes over.
+        symmetric: the weights hold both of a pair's, and only rows get gradients.
+
+    Returns:
+        The rows' sums of scores (() unless the bank side is bare), the gradients of the
+        floating-point leaves of rows and bank, and of closed_over.
+    """
+    summing = len(bank_side) == len(rows_side) == 1
+
+    def body(row, bank, row_carry: tuple, bank_carry: list, shared: tuple):
+        (row_x, *row_rest), (bank_x, *bank_rest) = row.x, bank.x
+        row_floats, row_others, merge_row = _split(wide(row_x))
+        bank_floats, bank_others, merge_bank = _split(wide(bank_x))
+
+        def scores(closed_over: tuple, row_floats: list, bank_floats: list) -> jax.Array:
+            return masked(score, closed_over, 0.0 if summing else -jnp.inf)(
+                row._replace(x=merge_row(row_floats, row_others)),
+                bank._replace(x=merge_bank(bank_floats, bank_others)),
+            )
+
+        if symmetric:
+            primals = closed_over, row_floats
+            scores_mn, pull = jax.vjp(lambda c, r: scores(c, r, bank_floats), *primals)
+        else:
+            scores_mn, pull = jax.vjp(scores, closed_over, row_floats, bank_floats)
+        weights_mn = weigh(scores_mn, tuple(row_rest), tuple(bank_rest))
+        more_closed, more_row, *more_bank = pull(weights_mn)
+        d_row, sum_m = row_carry
+        row_carry = _add(d_row, more_row), sum_m + scores_mn.sum(1) if summing else ()
+        bank_carry = [] if symmetric else _add(bank_carry, more_bank[0])
+        return row_carry, bank_carry, _add(shared, more_closed)
+
+    rows, bank = _split(rows_side[0])[0], _split(bank_side[0])[0]
+
+    def start() -> tuple:
+        def zeros(leaves: list, tiles: tuple[int, int]) -> list:
+            return [jnp.zeros((*tiles, *x.shape[1:]), wide(x.dtype)) for x in leaves]
+
+        sums = jnp.zeros(layout.row_tiles) if summing else ()
+        d_bank = [] if symmetric else zeros(bank, layout.bank_tiles)
+        d_closed = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), closed_over)
+        return (zeros(rows, layout.row_tiles), sums), d_bank, d_closed
+
+    (d_rows, sum_M), d_bank, d_closed = layout.run(body, rows_side, bank_side, start)
+    d_bank = [] if symmetric else _as(d_bank, bank)
+    return sum_M, _as(d_rows, rows), d_bank, _as(d_closed, closed_over)
+
+
+def strips(function: Callable[[Tree, Tree], Tree], rows: Tree, bank: Tree) -> Tree:
+    """`function(rows_block, bank) -> tree of [m, ...]` for all rows, differentiable.
+
+    For reductions that need all of a row's scores at once (order statistics): the whole bank is
+    gathered on every device, and so many rows are taken at a time that the block has `STRIP`
+    scores.
+
+    Args:
+        function: of a block of rows and the whole bank, [N, ...]; may close over values that
+            gradients should reach.
+        rows: pytree of arrays [M, ...].
+        bank: pytree of arrays [N, ...].
+
+    Returns:
+        What function returns, leading with M.
+    """
+    M, N, devices = length(rows), length(bank), device_count()
+    shape = tiling(-(-M // devices), max(1, STRIP // N))
+    blocks = abstract(rows, shape[1]), abstract(bank, N)
+    with manual_mesh():
+        function, closed_over = jax.closure_convert(function, *blocks)
+
+    def local(rows: Tree, bank: Tree, closed_over: list) -> Tree:
+        if devices > 1:
+            bank = jax.tree.map(lambda x: lax.all_gather(x, axis(), tiled=True), bank)
+        bank = wide(cut(bank, N))
+        mine = length(rows)
+        block = jax.checkpoint(lambda row_tile: function(wide(row_tile), bank, *closed_over))
+        out = lax.map(block, tile_up(rows, shape))
+        return untile(out, mine)
+
+    if devices == 1:
+        return local(rows, bank, closed_over)
+    split = PartitionSpec(axis())
+    run = jax.shard_map(
+        local, in_specs=(split, split, PartitionSpec()), out_specs=split, check_vma=False
+    )
+    return cut(run(pad(rows, -M % devices), pad(bank, -N % devices), closed_over), M)
+
+
+def axis() -> str:
+    return jax.sharding.get_abstract_mesh().axis_names[0]
+
+
+def device_count() -> int:
+    """How many devices rows are sharded over: the size of the current mesh's first axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[mesh.axis_names[0]]
+
+
+def manual_mesh():
+    """The context that `shard_map` runs its function in, to trace a score for use inside it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if device_count() == 1:
+        return contextlib.nullcontext()
+    manual = {axis: AxisType.Manual for axis in mesh.axis_names}
+    return jax.sharding.use_abstract_mesh(mesh.update_axis_types(manual))
+
+
+def convert(score: Score, layout: Layout, rows: Tree, bank: Tree) -> tuple[Score, tuple]:
+    """The score as a function of its closed-over floating-point values, too; and those."""
+    blocks = abstract(rows, layout.row_tiles[1]), abstract(bank, layout.bank_tiles[1])
+    with manual_mesh():
+        converted, closed_over = jax.closure_convert(score, *blocks)
+    return converted, tuple(map(jnp.asarray, closed_over))
+
+
+def masked(score: Score, closed_over: tuple = (), fill: float = -math.inf) -> Callable:
+    """The score of two blocks as float32, `fill` where either item is padding."""
+
+    def masked(row: Block, bank: Block) -> jax.Array:
+        scores_mn = score(wide(row.x), wide(bank.x), *closed_over)
+        counts_mn = row.counts[:, None] & bank.counts[None, :]
+        return jnp.where(counts_mn, wide(scores_mn), fill)
+
+    return masked
+
+
+def length(tree: Tree) -> int:
+    lengths = {x.shape[0] for x in jax.tree.leaves(tree)}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            'similarity: the arrays of rows (and of bank) must agree in their first dimension '
+            f'and not be empty, got lengths {sorted(lengths)}'
+        )
+    return lengths.pop()
+
+
+def tiling(total: int, tile: int) -> tuple[int, int]:
+    """(how many tiles, of which size): the fewest, and of those the smallest."""
+    count = -(-total // tile)
+    return count, -(-total // count)
+
+
+def pad(tree: Tree, by: int, fill: float | bool | None = None) -> Tree:
+    """Appends `by` rows: `fill`, or copies of the last row, on which any score is well-behaved."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        width = [(0, by)] + [(0, 0)] * (x.ndim - 1)
+        if fill is None:
+            return jnp.pad(x, width, mode='edge')
+        return jnp.pad(x, width, constant_values=fill)
+
+    return jax.tree.map(pad, tree) if by else tree
+
+
+def cut(tree: Tree, length: int) -> Tree:
+    return jax.tree.map(lambda x: x if x.shape[0] == length else x[:length], tree)
+
+
+def tile_up(tree: Tree, tiles: tuple[int, int], fill: float | bool | None = None) -> Tree:
+    """[length, ...] -> [tiles, tile size, ...], padded as `pad` does."""
+    count, size = tiles
+
+    def cut(x: jax.Array) -> jax.Array:
+        return pad(x, count * size - x.shape[0], fill).reshape(count, size, *x.shape[1:])
+
+    return jax.tree.map(cut, tree)
+
+
+def untile(tiles: Tree, length: int) -> Tree:
+    """[tiles, tile size, ...] -> [length, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], tiles)
+
+
+def abstract(tree: Tree, length: int) -> Tree:
+    """The shapes and dtypes in which a score sees `length` items."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((length, *x.shape[1:]), wide(x.dtype)), tree)
+
+
+def _floats(tree: Tree) -> int:
+    """How many floating-point numbers there are in a tree."""
+    return int(math.fsum(x.size for x in jax.tree.leaves(tree) if _is_float(x)))
+
+
+def _is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def wide(x: Any) -> Any:
+    """A floating-point dtype as at least float32, or a tree with its floating-point leaves so."""
+    if isinstance(x, np.dtype):
+        return jnp.promote_types(x, jnp.float32) if jnp.issubdtype(x, jnp.inexact) else x
+    return jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), x)
+
+
+def _split(tree: Tree) -> tuple[list, list, Callable[[list, list], Tree]]:
+    """(floating-point leaves, the others, a function that puts such lists together again)."""
+    leaves, structure = jax.tree.flatten(tree)
+    floats = [_is_float(x) for x in leaves]
+
+    def merge(some: list, others: list) -> Tree:
+        some_iter, others_iter = iter(some), iter(others)
+        return structure.unflatten([next(some_iter if f else others_iter) for f in floats])
+
+    def pick(wanted: bool) -> list:
+        return [x for x, f in zip(leaves, floats, strict=True) if f is wanted]
+
+    return pick(True), pick(False), merge
+
+
+def with_integers(gradients: list, tree: Tree) -> Tree:
+    """Gradients of `tree`'s floating-point leaves, and the float0 that JAX wants for the others."""
+    _, others, merge = _split(tree)
+    return merge(gradients, [np.zeros(x.shape, jax.dtypes.float0) for x in others])
+
+
+def _add(total: Tree, more: Tree) -> Tree:
+    return jax.tree.map(jnp.add, total, more)
+
+
+def _as(tree: Tree, like: Tree) -> Tree:
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
