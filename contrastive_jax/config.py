@@ -97,6 +97,12 @@ def base() -> Config:
             'batch_size': 256,
             # Micro-batches of a step, each with negatives of its own.
             'accumulate': 1,
+            # Images that are encoded at a time, 0: all; every negative still counts (GradCache).
+            'microbatch': 0,
+            # Keep no activations within the encoder's blocks: a third more time, less memory.
+            'remat': False,
+            # Split parameters, optimiser and target networks over the devices.
+            'fsdp': False,
             # Steps between log lines, evaluations (0: at the start and the end) and checkpoints.
             'log_every': 50,
             'eval_every': 0,

@@ -8,14 +8,12 @@ import logging as stdlib_logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from contrastive_jax.config import UserError, unknown
-
-EXAMPLE = 'python -m contrastive_jax.main --config=configs/simclr_vit.py --workdir=runs/first'
 
 CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'A file of configs/, with :preset; --config.key=value changes a key.'
@@ -29,7 +27,7 @@ PROCESSES = flags.DEFINE_integer('processes', 1, 'How many processes the run has
 PROCESS = flags.DEFINE_integer('process', 0, 'Which of them this is.', lower_bound=0)
 
 
-def parse(argv: Sequence[str]) -> list[str]:
+def parse(argv: Sequence[str], required: Sequence[flags.FlagHolder]) -> list[str]:
     """Flags from the command line; whatever is wrong with them becomes a UserError."""
     for argument in argv:
         if argument.startswith('--config='):
@@ -38,9 +36,10 @@ def parse(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(list(argv))
         if len(rest) > 1:
             raise UserError(f'unexpected argument {rest[1]!r}; options are written --name=value.')
-        for flag in (CONFIG, WORKDIR):
+        for flag in required:
             if not flag.value:
-                raise UserError(f'--{flag.name} is required, as in: {EXAMPLE}')
+                example = (sys.modules['__main__'].__doc__ or '').partition('\n')[0].strip('`.')
+                raise UserError(f'--{flag.name} is required, as in: {example}')
         return rest
     except UserError:
         raise
@@ -50,6 +49,8 @@ def parse(argv: Sequence[str]) -> list[str]:
         _, ours, said = text.rpartition(f'{UserError.__name__}: ')
         if not ours:
             said = text.strip('\'"').replace("\\'", "'").replace('\\n', ' ').replace('\n', ' ')
+        if key := next((a.partition('=')[0] for a in argv if f'.{said}=' in a), None):
+            said = f'{key}: the preset sets no such key; set it in the file, beside its siblings.'
         raise UserError(said.strip()) from error
 
 
@@ -108,12 +109,14 @@ def main(argv: Sequence[str]) -> None:
     train.run(CONFIG.value, WORKDIR.value, eval_only=EVAL_ONLY.value)
 
 
-def run() -> None:
-    """The command: a user's mistake is one message and exit code 2, never a traceback."""
+def command(
+    function: Callable[[Sequence[str]], None], required: Sequence[flags.FlagHolder]
+) -> None:
+    """Runs a program: a user's mistake is one message and exit code 2, never a traceback."""
 
     def guarded(argv: Sequence[str]) -> None:
         try:
-            main(argv)
+            function(argv)
         except UserError as error:
             fail(error)
 
@@ -123,9 +126,13 @@ def run() -> None:
         os._exit(2)
 
     try:
-        app.run(guarded, flags_parser=parse)
+        app.run(guarded, flags_parser=lambda argv: parse(argv, required))
     except UserError as error:
         fail(error)
+
+
+def run() -> None:
+    command(main, [CONFIG, WORKDIR])
 
 
 if __name__ == '__main__':

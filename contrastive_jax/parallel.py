@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from contrastive_jax.config import UserError
 
 AXIS = 'data'
+FSDP_SIZE = 2**14  # numbers in the smallest leaf that is worth splitting
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -81,7 +82,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+def lay_out(mesh: Mesh, tree: Any, fsdp: bool) -> Any:
+    """Shapes and dtypes of a state's leaves, with how each lies on the mesh.
+
+    Args:
+        mesh: the mesh.
+        tree: of `jax.ShapeDtypeStruct`.
+        fsdp: whether each leaf is split over the devices, along the longest of its dimensions that
+            they divide, where it is worth it (`FSDP_SIZE`); what a step needs of it is gathered
+            when it is needed. (ZeRO stage 3, Rajbhandari et al. 2020; FSDP, Zhao et al. 2023.)
+    """
+
+    def one(x: Any) -> Any:
+        sharding = replicated(mesh)
+        dims = [d for d in range(x.ndim) if x.shape[d] % mesh.size == 0]
+        if fsdp and x.size >= FSDP_SIZE and dims:
+            longest = max(dims, key=lambda d: x.shape[d])
+            spec = PartitionSpec(*(None,) * longest, mesh.axis_names[0])
+            sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, tree)
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1, microbatch: int = 0) -> None:
     """Raises UserError unless every device gets the same number of rows of every micro-batch."""
     parts = mesh.size * accumulate
     if batch_size <= 0 or batch_size % parts:
@@ -90,6 +114,14 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
         raise UserError(
             f'config.batch_size: got {batch_size}, which does not divide by {by}; '
             f'the nearest batch size that does is {near}.'
+        )
+    rows = batch_size // accumulate
+    if microbatch and (rows % microbatch or microbatch % mesh.size):
+        fit = [m for m in range(mesh.size, rows + 1, mesh.size) if rows % m == 0]
+        near = min(fit, key=lambda m: abs(m - microbatch))
+        raise UserError(
+            f'config.microbatch: got {microbatch}; expected a multiple of the {mesh.size} devices '
+            f'that divides the batch of {rows}; the nearest is {near}.'
         )
 
 

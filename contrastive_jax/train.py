@@ -21,7 +21,17 @@ from clu import parameter_overview
 from etils import epath
 from jax.experimental import multihost_utils
 
-from contrastive_jax import STARTED, augment, checkpoint, data, evals, figures, optim, parallel
+from contrastive_jax import (
+    STARTED,
+    augment,
+    checkpoint,
+    data,
+    evals,
+    figures,
+    models,
+    optim,
+    parallel,
+)
 from contrastive_jax import config as config_lib
 from contrastive_jax import metrics as records
 from contrastive_jax.config import Config, UserError, build
@@ -32,18 +42,26 @@ from contrastive_jax.state import TrainState, make_init, make_step
 PIXELS = 'pixels_'  # prefix of the raw-pixel baseline's metric names
 
 
+class Program(NamedTuple):
+    """What a config computes, without the data."""
+
+    method: Method
+    schedule: Callable[[int], jax.Array]
+    augment: Callable[[jax.Array, jax.Array], jax.Array]
+    total_steps: int
+    batch: dict[str, jax.ShapeDtypeStruct]  # of one step
+    init: Callable[[], TrainState]
+    step: Callable[..., Any]
+    state: TrainState  # shapes, dtypes and shardings
+
+
 class Parts(NamedTuple):
     """What a config describes, built."""
 
     splits: dict[str, data.Source]
     bad: pipeline.BadRecords
-    method: Method
     evaluators: dict[str, evals.Evaluate]
-    schedule: Callable[[int], jax.Array]
-    augment: Callable[[jax.Array, jax.Array], jax.Array]
-    total_steps: int
-    init: Callable[[], TrainState]
-    step: Callable[..., Any]
+    program: Program
 
 
 def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, float]:
@@ -62,7 +80,6 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
             or infinite.
     """
     mesh = parallel.make_mesh()
-    parallel.check_batch(mesh, config.batch_size, config.accumulate)
     for key in config:
         if key not in config_lib.base():
             raise config_lib.unknown('key', key, config_lib.base(), 'config')
@@ -89,54 +106,73 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
 
 def build_parts(config: Config, workdir: str | None, mesh: jax.sharding.Mesh) -> Parts:
     """Everything a config names; mistakes in it are found here, before anything runs."""
-    method = build(
-        'methods', config.method, 'config.method', build('models', config.model, 'config.model')
-    )
     evaluators = {
         name: build('evals', {'name': name, **options}, f'config.evals.{name}')
         for name, options in config.evals.items()
     }
+    splits = data.open_splits(config.data)
+    listed = epath.Path(workdir) / 'bad_records.jsonl' if workdir else None
+    bad = pipeline.BadRecords(listed, sum(map(len, splits.values())), config.data.max_bad)
+    return Parts(splits, bad, evaluators, build_program(config, mesh, len(splits['train'])))
+
+
+def build_program(config: Config, mesh: jax.sharding.Mesh, images: int) -> Program:
+    """The training step of a config, and the state that it starts from.
+
+    Args:
+        config: as in `run`.
+        mesh: of the devices that it runs on, or is compiled for.
+        images: of an epoch.
+    """
     d = config.data
+    size = config.batch_size
+    parallel.check_batch(mesh, size, config.accumulate, config.microbatch)
+    model = build('models', config.model, 'config.model', remat=config.remat)
+    if config.microbatch:
+        model = models.Microbatched(model, size // config.accumulate // config.microbatch)
+    method = build('methods', config.method, 'config.method', model)
     pictures = augment.make(
         config.augment.to_dict(), views=d.views, image_size=d.image_size, mean=d.mean, std=d.std
     )
-    splits = data.open_splits(d)
-    listed = epath.Path(workdir) / 'bad_records.jsonl' if workdir else None
-    bad = pipeline.BadRecords(listed, sum(map(len, splits.values())), d.max_bad)
-    total_steps = config.total_steps or round(
-        config.total_epochs * len(splits['train']) / config.batch_size
-    )
+    total_steps = config.total_steps or round(config.total_epochs * images / size)
     if total_steps < 1:
         raise UserError(
             f'config.total_steps: got {config.total_steps} and config.total_epochs '
             f'{config.total_epochs:g}; expected one of them to be above 0.'
         )
     tx, schedule = config_lib.call(
-        optim.make,
-        'config.optim',
-        **config.optim,
-        total_steps=total_steps,
-        batch_size=config.batch_size,
+        optim.make, 'config.optim', **config.optim, total_steps=total_steps, batch_size=size
     )
-    size = (1, d.views, d.image_size, d.image_size, 3)
-    example = {
-        'views': jnp.zeros(size),
-        'label': jnp.zeros(1, jnp.int32),
-        'index': jnp.zeros(1, jnp.int32),
-    }
-    whole, split = parallel.replicated(mesh), parallel.rows(mesh)
-    init = make_init(method, tx, config.seed)
-    step = make_step(method, tx, pictures, config.seed, config.accumulate)
-    return Parts(
-        splits,
-        bad,
+    split = parallel.rows(mesh)
+    views = (d.views, d.image_size, d.image_size, 3)
+
+    def batch(rows: int, pixels: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        integer = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split)
+        images = jax.ShapeDtypeStruct((rows, *views), pixels, sharding=split)
+        return {'views': images, 'label': integer, 'index': integer}
+
+    make = make_init(method, tx, config.seed)
+
+    def init() -> TrainState:
+        return make({k: jnp.zeros(v.shape, v.dtype) for k, v in batch(1, jnp.float32).items()})
+
+    state = parallel.lay_out(mesh, jax.eval_shape(init), config.fsdp)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(
+        make_step(method, tx, pictures, config.seed, config.accumulate),
+        donate_argnums=0,
+        in_shardings=(shardings, split),
+        out_shardings=(shardings, parallel.replicated(mesh)),
+    )
+    return Program(
         method,
-        evaluators,
         schedule,
         pictures,
         total_steps,
-        jax.jit(lambda: init(example), out_shardings=whole),
-        jax.jit(step, donate_argnums=0, in_shardings=(whole, split), out_shardings=whole),
+        batch(size, jnp.uint8),
+        jax.jit(init, out_shardings=shardings),
+        step,
+        state,
     )
 
 
@@ -149,37 +185,37 @@ def _train(
     checkpoints: checkpoint.Checkpoints,
     writer: records.Writer,
 ) -> dict[str, float]:
-    state = checkpoints.restore(_abstract(parts, mesh), iterator)
+    state = checkpoints.restore(parts.program.state, iterator)
     start = 0 if state is None else int(state.step)
     writer.resume(start)
     iterator.start_prefetch()
     if state is None:
-        state = parts.init()
+        state = parts.program.init()
         _overview(state, workdir)
         # The baselines: raw pixels and the untrained encoder.
         values = _evaluate(config, parts, mesh, None)
         values |= _evaluate(config, parts, mesh, state)
         writer.write(0, values)
-    elif start >= parts.total_steps:
+    elif start >= parts.program.total_steps:
         logging.info('%s is complete: %d steps', workdir, start)
     else:
-        logging.info('continuing %s at step %d of %d', workdir, start, parts.total_steps)
+        logging.info('continuing %s at step %d of %d', workdir, start, parts.program.total_steps)
 
-    progress = records.Progress(start, parts.total_steps, config.batch_size)
+    progress = records.Progress(start, parts.program.total_steps, config.batch_size)
     values: dict[str, float] = {}
     with _Stop() as stop:
         pending: list[tuple[int, Any, np.ndarray]] = []
         step = start
-        while step < parts.total_steps:
+        while step < parts.program.total_steps:
             batch = next(iterator)
-            state, measured = parts.step(state, parallel.shard_batch(mesh, batch))
+            state, measured = parts.program.step(state, parallel.shard_batch(mesh, batch))
             step += 1
             if step == start + 1:
                 jax.block_until_ready(measured)
                 logging.info('first training step after %.1f s', time.monotonic() - STARTED)
             progress.step(step)
             pending.append((step, measured, batch['index']))
-            evaluate = step == parts.total_steps or (
+            evaluate = step == parts.program.total_steps or (
                 config.eval_every and step % config.eval_every == 0
             )
             log = evaluate or step % config.log_every == 0 or step == start + 1
@@ -235,7 +271,7 @@ def _evaluate_only(
     checkpoints: checkpoint.Checkpoints,
     writer: records.Writer,
 ) -> dict[str, float]:
-    state = checkpoints.restore(_abstract(parts, mesh))
+    state = checkpoints.restore(parts.program.state)
     if state is None:
         raise UserError(f'--eval_only: there is no complete checkpoint in {workdir}/checkpoints.')
     values = _evaluate(config, parts, mesh, state)
@@ -244,26 +280,16 @@ def _evaluate_only(
     return values
 
 
-def _abstract(parts: Parts, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without computing one."""
-    whole = parallel.replicated(mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-        jax.eval_shape(parts.init),
-    )
-
-
 def _evaluate(
     config: Config, parts: Parts, mesh: jax.sharding.Mesh, state: TrainState | None
 ) -> dict[str, float]:
     """What every evaluator says of a state's encoder, or with None of the raw pixels."""
     d = config.data
-    whole, split = parallel.replicated(mesh), parallel.rows(mesh)
 
     if state is None:
         encode = functools.partial(_pixels, tuple(d.mean), tuple(d.std))
     else:
-        forward = _forward(parts.method, tuple(d.mean), tuple(d.std), whole, split)
+        forward = _forward(parts.program.method, tuple(d.mean), tuple(d.std), parallel.rows(mesh))
         encode = functools.partial(forward, state.params, state.extra)
 
     def batches(name: str) -> Iterator[dict[str, np.ndarray]]:
@@ -307,14 +333,14 @@ def _pixels(mean: tuple, std: tuple, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=2)
-def _forward(method: Method, mean: tuple, std: tuple, whole: Any, split: Any) -> Callable:
+def _forward(method: Method, mean: tuple, std: tuple, split: Any) -> Callable:
     """`(params, extra, batch of uint8 images) -> features`, compiled once for all evaluations."""
 
     def forward(params: Any, extra: Any, batch: dict[str, jax.Array]) -> jax.Array:
         images = augment.normalize(batch['image'], mean, std)
         return method.encode(params, extra, {'image': images})['features']
 
-    return jax.jit(forward, in_shardings=(whole, whole, split), out_shardings=split)
+    return jax.jit(forward, out_shardings=split)  # state and batch lie as they are
 
 
 def _check(
@@ -325,7 +351,7 @@ def _check(
     Raises:
         UserError: loss or gradient is NaN or infinite: which step, learning rate and images.
     """
-    rate = float(parts.schedule(step - 1))
+    rate = float(parts.program.schedule(step - 1))
     values = {k: float(v) for k, v in measured.items()} | {'learning_rate': rate}
     if not (math.isfinite(values['loss']) and math.isfinite(values['grad_norm'])):
         source = parts.splits['train']
@@ -345,7 +371,7 @@ def _draw_views(config: Config, workdir: str, parts: Parts, views: np.ndarray) -
     if jax.process_index() == 0:
         some = jax.device_put(views[:16], jax.local_devices()[0])
         with jax.set_mesh(parallel.make_mesh(jax.local_devices()[:1])):
-            shown = np.asarray(jax.jit(parts.augment)(jax.random.key(config.seed), some))
+            shown = np.asarray(jax.jit(parts.program.augment)(jax.random.key(config.seed), some))
         shown = shown * np.array(config.data.std) + np.array(config.data.mean)
         figures.views_grid(shown, epath.Path(workdir) / 'views.png')
 

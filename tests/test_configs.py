@@ -5,7 +5,6 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -58,19 +57,11 @@ def test_preset_builds_and_steps_abstractly(path, name, monkeypatch):
     assert config.is_locked
     monkeypatch.setattr(train.data, 'open_splits', lambda data: {'train': Blank(), 'test': Blank()})
     mesh = parallel.make_mesh()
-    parallel.check_batch(mesh, config.batch_size, config.accumulate)
     with jax.set_mesh(mesh):
         parts = train.build_parts(config, None, mesh)
-        d = config.data
-        B = config.batch_size
-        shape = (B, d.views, d.image_size, d.image_size, 3)
-        batch = {
-            'views': jax.ShapeDtypeStruct(shape, jnp.uint8),
-            'label': jax.ShapeDtypeStruct((B,), jnp.int32),
-            'index': jax.ShapeDtypeStruct((B,), jnp.int32),
-        }
-        before = jax.eval_shape(parts.init)
-        after, metrics = jax.eval_shape(parts.step, before, batch)
+        program = parts.program
+        before = jax.eval_shape(program.init)
+        after, metrics = jax.eval_shape(program.step, before, program.batch)
     assert jax.tree.structure(before) == jax.tree.structure(after)
     assert metrics['loss'].shape == ()
     assert parts.evaluators

@@ -356,6 +356,28 @@ def test_gradients_reach_every_parameter_on_one_device_and_eight(name):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), new8, new)
 
 
+@pytest.mark.parametrize('name', ['vit cls', 'resnet'])
+@pytest.mark.parametrize('how', ['remat', 'microbatched'])
+def test_memory_is_saved_without_changing_gradients(name, how):
+    """BatchNorm apart, whose statistics are then a micro-batch's."""
+    module, shape = ALIVE[name]
+    x = images(*shape)
+    params, stats = drawn(module, x)
+    (value, _), grads = gradients(module)(params, stats, x)
+    other = module.clone(remat=True) if how == 'remat' else models.Microbatched(module, 4)
+    (got, new), got_d = gradients(other)(params, stats, x)
+    if stats and how == 'microbatched':
+        one_by_one = stats
+        for part in range(4):
+            _, one_by_one = apply(module, params, one_by_one, x[part::4], True)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), new, one_by_one)
+        return
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
+    np.testing.assert_allclose(got, value, rtol=1e-6)
+    close = partial(np.testing.assert_allclose, rtol=0, atol=1e-6 * largest)
+    jax.tree.map(close, got_d, grads)
+
+
 def test_config_lists_the_models():
     assert isinstance(
         config.build('models', {'name': 'vit', 'size': 'Ti'}, 'config.model'), vit.ViT

@@ -111,7 +111,7 @@ def test_killed_run_goes_on_with_the_same_bits(whole, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments(whole, tmp_path):
-    """Issue's point: kill −9 at any moment, from start-up to the last save."""
+    """At any moment, from start-up to the last save."""
     clean = time.monotonic()
     finish(start(tmp_path / 'timing'))
     clean = time.monotonic() - clean
@@ -137,6 +137,7 @@ def test_sigterm_saves_and_exits_cleanly(whole, tmp_path):
 
 
 def test_eight_devices_and_two_processes_have_the_losses_of_one(whole, tmp_path):
+    """So has a state split over devices, with gradients cached in micro-batches."""
     finish(start(tmp_path / 'eight', devices=8))
     with socket.socket() as s:
         s.bind(('localhost', 0))
@@ -153,7 +154,9 @@ def test_eight_devices_and_two_processes_have_the_losses_of_one(whole, tmp_path)
     ]
     for process in two:
         finish(process)
-    for other in ('eight', 'two'):
+    split = ['--config.fsdp=True', '--config.microbatch=8', '--config.remat=True']
+    finish(start(tmp_path / 'split', *split, devices=4))
+    for other in ('eight', 'two', 'split'):
         assert np.allclose(losses(whole), losses(tmp_path / other), rtol=1e-5, atol=0), other
 
 

@@ -7,7 +7,6 @@ together and pushes all other views of the global batch away. Evaluators see f w
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import linen as nn
 
 from contrastive_jax import models
 from contrastive_jax.config import UserError
@@ -17,7 +16,7 @@ from contrastive_jax.method import Batch, Method, Metrics, Tree
 
 
 def make(
-    model: nn.Module,
+    model: models.Encoder,
     *,
     temperature: float = 0.1,
     projection: int = 128,

@@ -164,6 +164,7 @@ class ResNet(nn.Module):
     block: str
     stem: str
     zero_init_last: bool
+    remat: bool
     dtype: jnp.dtype
 
     @nn.compact
@@ -183,9 +184,10 @@ class ResNet(nn.Module):
             # Padded here, because max_pool's own type says that its padding is a str.
             x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # 0: no more than a ReLU's outputs
             x = nn.max_pool(x, (3, 3), strides=(2, 2))
+        block = nn.remat(Block, static_argnums=2) if self.remat else Block
         for stage, (width, count) in enumerate(zip(self.widths, self.blocks, strict=True), 1):
             for i in range(count):
-                x = Block(
+                x = block(
                     width,
                     stride=2 if stage > 1 and i == 0 else 1,
                     bottleneck=self.block == 'bottleneck',
@@ -205,6 +207,7 @@ def make(
     block: str | None = None,
     stem: str = 'imagenet',
     zero_init_last: bool = True,
+    remat: bool = False,
     dtype: str = 'float32',
 ) -> ResNet:
     """A ResNet without its classifier.
@@ -227,6 +230,8 @@ def make(
         zero_init_last: start each block as the identity: scale 0 in its last BatchNorm (Goyal et
             al. 2017, arXiv:1706.02677, section 5.1). The block's other parameters then get no
             gradient in the first step.
+        remat: keep no activations within a block but compute them again for the gradient: less
+            memory, a third more time.
         dtype: of the computation, 'float32' or 'bfloat16'. Parameters, batch statistics and the
             results are float32 in both.
 
@@ -255,5 +260,6 @@ def make(
         **shape,
         stem=stem,
         zero_init_last=zero_init_last,
+        remat=remat,
         dtype=choose('dtype', dtype, DTYPES, where),
     )

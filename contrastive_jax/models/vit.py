@@ -97,6 +97,7 @@ class ViT(nn.Module):
     patch: int
     pool: str
     position: str
+    remat: bool
     dtype: jnp.dtype
 
     @nn.compact
@@ -123,8 +124,9 @@ class ViT(nn.Module):
 
         # One matrix [B T, D] from here on: XLA on CPU takes half the time over 2-D products.
         x = rearrange(x, 'B T D -> (B T) D')
+        block = nn.remat(Block, static_argnums=2) if self.remat else Block
         for i in range(self.depth):
-            x = Block(self.heads, self.hidden, self.dtype, name=f'block{i}')(x, batch)
+            x = block(self.heads, self.hidden, self.dtype, name=f'block{i}')(x, batch)
         x = nn.LayerNorm(dtype=jnp.float32, name='norm')(x)
         x = rearrange(x, '(B T) D -> B T D', B=batch)
 
@@ -150,6 +152,7 @@ def make(
     pool: str = 'cls',
     position: str = 'sincos2d',
     mlp_ratio: float = 4.0,
+    remat: bool = False,
     dtype: str = 'float32',
 ) -> ViT:
     """A ViT for images whose height and width are multiples of `patch`, square or not.
@@ -166,6 +169,8 @@ def make(
         position: 'sincos2d' (fixed, see `sincos2d`; zeros for CLS), or 'learned' (initialised at
             0.02; the number of patches is fixed by the first image).
         mlp_ratio: hidden width of the MLP over width, above 0.
+        remat: keep no activations within a block but compute them again for the gradient: less
+            memory, a third more time.
         dtype: of the computation, 'float32' or 'bfloat16'. Parameters, softmax, the statistics of
             LayerNorm and the results are float32 in both.
 
@@ -201,5 +206,6 @@ def make(
         patch=patch,
         pool=pool,
         position=position,
+        remat=remat,
         dtype=choose('dtype', dtype, DTYPES, where),
     )

@@ -1,0 +1,280 @@
+"""What a compiled program does, counted from its HLO text: products, traffic, collectives.
+
+XLA's own cost analysis counts the body of a loop once; here every instruction counts as often as it
+runs. Loops whose number of turns cannot be read count once, and are counted themselves.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+BYTES = {'pred': 1, 'token': 0, 'bf16': 2, 'f8e4m3fn': 1, 'f8e5m2': 1, 's4': 0.5, 'u4': 0.5}
+COLLECTIVES = (
+    'all-gather',
+    'all-reduce',
+    'all-to-all',
+    'collective-permute',
+    'reduce-scatter',
+    'ragged-all-to-all',
+)
+# These only name or rearrange what is there already, or hand over to computations of their own.
+FREE = (
+    'bitcast',
+    'call',
+    'conditional',
+    'constant',
+    'get-tuple-element',
+    'iota',
+    'parameter',
+    'partition-id',
+    'replica-id',
+    'tuple',
+    'while',
+)
+_HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
+_LINE = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$')
+_SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
+_CALLED = re.compile(
+    r'\b(calls|to_apply|body|condition|branch_computations|called_computations'
+    r'|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)'
+)
+
+
+class Shape(NamedTuple):
+    """One array: its element type and dimensions."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> float:
+        width = re.search(r'\d+', self.dtype)
+        return self.size * BYTES.get(self.dtype, int(width.group()) / 8 if width else 0)
+
+
+class Instruction(NamedTuple):
+    """One line of HLO."""
+
+    name: str
+    op: str
+    shapes: list[Shape]  # of the result; several for a tuple
+    operands: list[str]
+    text: str  # all that follows the name
+
+
+class Collective(NamedTuple):
+    """All runs of one kind of collective, per device and execution of the program."""
+
+    op: str
+    asynchronous: bool
+    count: int
+    bytes: float  # that arrive on a device
+
+
+class Costs(NamedTuple):
+    """What one execution costs a device."""
+
+    flops: float  # of matrix products and convolutions, two a multiply-add
+    bytes: float  # read and written by instructions, an upper bound of the memory traffic
+    collectives: list[Collective]
+    unread_loops: int  # that counted once
+
+
+def costs(text: str) -> Costs:
+    """Counts a compiled module.
+
+    Args:
+        text: `compiled.as_text()`.
+
+    Raises:
+        ValueError: there is no entry computation in it.
+    """
+    computations, entry = _parse(text)
+    if entry is None:
+        raise ValueError('hlo: no ENTRY computation in the text; expected compiled.as_text()')
+    flops = traffic = 0.0
+    unread = 0
+    found: dict[tuple[str, bool], tuple[int, float]] = {}
+    for siblings, instruction, times, fused, loop in _walk(computations, entry):
+        if loop:
+            unread += 1
+            continue
+        flops += times * _flops(instruction, siblings)
+        op = instruction.op.removesuffix('-start')
+        if op in COLLECTIVES:
+            asynchronous = instruction.op.endswith('-start')
+            # A start returns what it was given beside what arrives.
+            shapes = [s for s in instruction.shapes if s.dims or s.dtype not in ('u32', 's32')]
+            arrived = sum(s.bytes for s in shapes) / (2 if asynchronous and len(shapes) > 1 else 1)
+            count, size = found.get((op, asynchronous), (0, 0.0))
+            found[op, asynchronous] = count + times, size + times * arrived
+        if not fused and instruction.op not in FREE and not instruction.op.endswith('-done'):
+            traffic += times * _traffic(instruction, siblings)
+    listed = [Collective(*key, *value) for key, value in sorted(found.items())]
+    return Costs(flops, traffic, listed, unread)
+
+
+Computation = dict[str, Instruction]
+
+
+def _parse(text: str) -> tuple[dict[str, Computation], str | None]:
+    computations: dict[str, Computation] = {}
+    current: Computation | None = None
+    entry = None
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            current = {}
+            computations[head.group(2)] = current
+            if head.group(1):
+                entry = head.group(2)
+        elif current is not None and (match := _LINE.match(line)):
+            instruction = _instruction(*match.groups())
+            current[instruction.name] = instruction
+    return computations, entry
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    # The type is a tuple in parentheses or one array; the op follows, then its operands.
+    end = _closing(text, 0) if text.startswith('(') else text.index(' ')
+    shapes = [
+        Shape(dtype, tuple(int(d) for d in dims.split(',') if d))
+        for dtype, dims in _SHAPE.findall(re.sub(r'\{[^}]*\}', '', text[:end]))
+    ]
+    rest = text[end:].lstrip()
+    op, _, rest = rest.partition('(')
+    operands = re.findall(r'%([\w.\-]+)', rest[: _closing(rest, 1)])
+    return Instruction(name, op.strip(), shapes, operands, text)
+
+
+def _closing(text: str, depth: int) -> int:
+    """Just behind the parenthesis that closes the one that `depth` says is open."""
+    for i, c in enumerate(text):
+        depth += (c == '(') - (c == ')')
+        if depth == 0:
+            return i + 1
+    return len(text)
+
+
+def _walk(
+    computations: dict[str, Computation], entry: str
+) -> Iterator[tuple[Computation, Instruction, int, bool, bool]]:
+    """(computation, instruction, how often it runs, whether in a fusion, whether a loop unread)."""
+    pending = [(entry, 1, False)]
+    while pending:
+        name, times, fused = pending.pop()
+        for instruction in computations[name].values():
+            yield computations[name], instruction, times, fused, False
+            called = dict(_CALLED.findall(instruction.text))
+            if instruction.op == 'while':
+                turns = _turns(instruction, called, computations)
+                if turns is None:
+                    yield computations[name], instruction, times, fused, True
+                body = called['body'].lstrip('%')
+                pending.append((body, times * (1 if turns is None else turns), fused))
+                continue
+            for kind, names in called.items():
+                # The function of a reduction is scalar, and runs within it.
+                if kind == 'to_apply' and instruction.op != 'call':
+                    continue
+                inside = fused or instruction.op == 'fusion'
+                for target in re.findall(r'[\w.\-]+', names):
+                    if target in computations:
+                        pending.append((target, times, inside))
+
+
+def _turns(
+    loop: Instruction, called: dict[str, str], computations: dict[str, Computation]
+) -> int | None:
+    """How often a loop's body runs: what XLA noted, or the bound that its counter is held to."""
+    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
+        return int(noted.group(1))
+    condition = computations[called['condition'].lstrip('%')]
+    bounds = [
+        int(m.group(1))
+        for i in condition.values()
+        if i.op == 'constant' and (m := re.search(r'constant\((\d+)\)', i.text))
+    ]
+    return bounds[0] if len(bounds) == 1 else None
+
+
+def _flops(instruction: Instruction, siblings: Computation) -> float:
+    """Two a multiply-add of a dot or a convolution, 0 for all else."""
+    if instruction.op not in ('dot', 'convolution'):
+        return 0.0
+    out = instruction.shapes[0].size
+    left, right = (siblings[name].shapes[0] for name in instruction.operands[:2])
+    if instruction.op == 'dot':
+        match = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.text)
+        dims = [int(d) for d in match.group(1).split(',') if d] if match else []
+        return 2.0 * out * math.prod(left.dims[d] for d in dims)
+    labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.text)
+    if labels is None:
+        return 0.0
+    of_left, of_right, of_out = labels.groups()
+    window = dict(re.findall(r'(\w+)=([\w\-]+)', _attribute(instruction.text, 'window')))
+    groups = re.search(r'batch_group_count=(\d+)', instruction.text)
+    total = 2.0 * left.dims[of_left.index('b')] / (int(groups.group(1)) if groups else 1)
+    total *= right.dims[of_right.index('i')] * right.dims[of_right.index('o')]
+    for d in sorted(c for c in of_left if c.isdigit()):
+
+        def of(name: str, default: int, d: str = d) -> int:
+            return int(window[name].split('x')[int(d)]) if name in window else default
+
+        before = int(window['pad'].split('x')[int(d)].split('_')[0]) if 'pad' in window else 0
+        total *= _taps(
+            left.dims[of_left.index(d)],
+            instruction.shapes[0].dims[of_out.index(d)],
+            of('size', 1),
+            of('stride', 1),
+            before,
+            of('lhs_dilate', 1),
+            of('rhs_dilate', 1),
+        )
+    return total
+
+
+@functools.cache
+def _taps(n: int, out: int, size: int, stride: int, pad: int, spread: int, step: int) -> int:
+    """How many products along one dimension meet an element, not padding or a hole.
+
+    XLA writes a batched product as a convolution over the batch in which almost all taps miss.
+    """
+    last = (n - 1) * spread
+    return sum(
+        0 <= at <= last and at % spread == 0
+        for i in range(out)
+        for at in range(i * stride - pad, i * stride - pad + size * step, step)
+    )
+
+
+def _attribute(text: str, name: str) -> str:
+    found = re.search(rf'\b{name}=\{{([^}}]*)\}}', text)
+    return found.group(1) if found else ''
+
+
+def _traffic(instruction: Instruction, siblings: Computation) -> float:
+    """Bytes of the result and of the operands.
+
+    A slice reads, and an update in place writes, no more than its part; so does a fusion around
+    one, for which an operand counts as at most as large as the largest other array.
+    """
+    result = sum(s.bytes for s in instruction.shapes)
+    operands = [
+        sum(s.bytes for s in siblings[name].shapes)
+        for name in instruction.operands
+        if name in siblings
+    ]
+    if 'dynamic-slice' in instruction.text or instruction.op in ('slice', 'dynamic-slice'):
+        return 2 * result
+    if 'dynamic-update-slice' in instruction.text or 'dynamic_update_slice' in instruction.text:
+        small = sorted(operands)[:-1]
+        return 2.0 * sum(small)
+    if 'dynamic_slice' in instruction.text:
+        return result + sum(min(o, result) for o in operands)
+    return result + sum(operands)

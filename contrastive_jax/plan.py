@@ -1,0 +1,329 @@
+"""`python -m contrastive_jax.plan --config=configs/simclr_vit.py:imagenet --topology=v5e:4x8`.
+
+Compiles a config's real training step for hardware that is not there, and says what it needs:
+memory against the chip's, collectives, FLOPs and a roofline of the time. Where it does not fit, the
+knobs that could help are tried, one compilation each. `--json` prints one object as the last line.
+
+Needs `libtpu` (the [tpu] extra), but no TPU.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from contrastive_jax import main as cli
+from contrastive_jax.config import Config, UserError, choose
+
+TOPOLOGY = flags.DEFINE_string('topology', '', 'Chips and their grid: v5e:4x8, v4:2x2x4, v6e:8x8.')
+JSON = flags.DEFINE_bool('json', False, 'Print one JSON object as the last line.')
+IMAGES = flags.DEFINE_integer('images', 0, 'Images of an epoch, if the data is not at hand.')
+
+GiB = 2**30
+
+
+class Chip(NamedTuple):
+    """A device as XLA sees it.
+
+    Peak bfloat16 FLOP/s, memory in bytes, its bandwidth and the interconnect's in one direction
+    (all links together) in bytes/s, links; of https://cloud.google.com/tpu/docs (2026).
+    """
+
+    kind: str  # libtpu's name
+    flops: float
+    memory: float
+    memory_rate: float
+    link_rate: float
+    links: int
+    one_device: bool = False  # whether a chip's two cores must be asked for as one device
+
+
+# v5e's memory as its compiler states it; a 7x chip is two devices.
+CHIPS = {
+    'v4': Chip('v4', 275e12, 32 * GiB, 1.2e12, 300e9, 6, True),
+    'v5e': Chip('v5e', 197e12, 15.75 * GiB, 0.819e12, 200e9, 4),
+    'v5p': Chip('v5p', 459e12, 95 * GiB, 2.765e12, 600e9, 6),
+    'v6e': Chip('v6e', 918e12, 31.25 * GiB, 1.638e12, 400e9, 4),
+    '7x': Chip('tpu7x', 1153e12, 94.75 * GiB, 3.69e12, 300e9, 6),
+}
+# Training images of data sets that configs name and that need not be here to plan.
+IMAGES_OF = {'tfds:cifar10': 50_000, 'tfds:imagenet2012': 1_281_167}
+
+
+def devices(topology: str) -> tuple[Chip, list[Any]]:
+    """The chip and the devices of a slice such as 'v5e:4x8'.
+
+    Raises:
+        UserError: an unknown chip or grid; libtpu is not installed.
+    """
+    kind, _, grid = topology.partition(':')
+    chip = choose('chip', kind, CHIPS, '--topology')
+    if not re.fullmatch(r'\d+(x\d+){1,2}', grid):
+        raise UserError(f"--topology: got {topology!r}; expected a grid, as in '{kind}:2x4'.")
+    # Read when libtpu is loaded; it would otherwise look for the TPU of this machine, and its lock.
+    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+    os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+    os.environ.setdefault('TPU_STDERR_LOG_LEVEL', '3')
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {}
+    if chip.one_device:
+        options = {'chip_config_name': 'megacore', 'chips_per_host_bounds': (2, 2, 1)}
+    try:
+        found = topologies.get_topology_desc(
+            platform='tpu', topology_name=f'{chip.kind}:{grid}', **options
+        )
+    except Exception as error:  # XlaRuntimeError and, without libtpu, several others
+        if 'libtpu' in str(error).lower() and 'INVALID' not in str(error):
+            raise UserError(
+                "plan: compiling for a TPU needs libtpu: pip install 'contrastive-jax[tpu]'"
+            ) from error
+        raise UserError(f'--topology: {topology!r}: {str(error).splitlines()[0]}') from error
+    return chip, list(found.devices)
+
+
+def plan(config: Config, topology: str, images: int) -> dict[str, Any]:
+    """Compiles the step of a config for a slice, without running it.
+
+    Args:
+        config: as for `train.run`.
+        topology: see `devices`.
+        images: of an epoch.
+
+    Returns:
+        What `report` prints: bytes and FLOPs are of one device, `model_flops` and
+        `images_per_second` of the whole slice.
+
+    Raises:
+        UserError: a mistake in the config or the topology.
+    """
+    import jax
+
+    from contrastive_jax import hlo, parallel, train
+
+    chip, slice_ = devices(topology)
+    mesh = parallel.make_mesh(slice_)
+    with jax.set_mesh(mesh):
+        program = train.build_program(config, mesh, images)
+        state_bytes = sum(
+            leaf.dtype.itemsize * _product(leaf.sharding.shard_shape(leaf.shape))
+            for leaf in jax.tree.leaves(program.state)
+        )
+        # What the model costs, without what is computed twice to save memory.
+        plain = _changed(config, {'microbatch': 0, 'remat': False})
+        traced = train.build_program(plain, mesh, images).step.trace(program.state, program.batch)
+        result: dict[str, Any] = {
+            'topology': topology,
+            'devices': mesh.size,
+            'global_batch': config.batch_size,
+            'per_device_batch': config.batch_size / mesh.size,
+            'parameters': sum(leaf.size for leaf in jax.tree.leaves(program.state.params)),
+            'total_steps': program.total_steps,
+            'state_bytes': state_bytes,
+            'hbm_bytes': chip.memory,
+            'model_flops': jaxpr_flops(traced.jaxpr.jaxpr),
+        }
+        try:
+            compiled = program.step.lower(program.state, program.batch).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if 'RESOURCE_EXHAUSTED' not in str(error):
+                raise
+            used = re.search(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm', str(error))
+            needs = float(used.group(1)) * 1024.0 ** ' KMGT'.index(used.group(2)) if used else None
+            return result | {'fits': False, 'needed_bytes': needs}
+    memory: Any = compiled.memory_analysis()
+    needed = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    costs = hlo.costs(compiled.as_text() or '')
+    link = chip.link_rate / chip.links
+    seconds = {
+        'compute': costs.flops / chip.flops,
+        'memory': costs.bytes / chip.memory_rate,
+        'collectives': sum(
+            c.bytes / (link if c.op == 'collective-permute' else chip.link_rate)
+            for c in costs.collectives
+        ),
+    }
+    step = max(seconds['compute'], seconds['memory']) + seconds['collectives']
+    return result | {
+        'fits': needed <= chip.memory,
+        'needed_bytes': needed,
+        'temp_bytes': memory.temp_size_in_bytes,
+        'collectives': [c._asdict() for c in costs.collectives],
+        'program_flops': costs.flops * mesh.size,
+        'unread_loops': costs.unread_loops,
+        'seconds': seconds,
+        'step_seconds': step,
+        'images_per_second': config.batch_size / step,
+        'hours': step * program.total_steps / 3600,
+        'chip_hours': step * program.total_steps / 3600 * mesh.size,
+    }
+
+
+def remedies(config: Config, topology: str, images: int) -> list[tuple[str, dict[str, Any]]]:
+    """For every knob the first setting that makes a config fit, or the last one, with its plan."""
+    B = config.batch_size
+    halves = [2**k for k in range(1, 11)]
+    _, slice_ = devices(topology)
+
+    def whole(size: int) -> bool:
+        return size * len(slice_) > 0 and B % size == 0 and size % len(slice_) == 0
+
+    knobs: list[list[dict[str, Any]]] = [
+        [{'fsdp': True}],
+        [{'remat': True}],
+        [{'microbatch': B // h} for h in halves if whole(B // h)],
+        [{'batch_size': B // h} for h in halves if (B // h) and (B // h) % len(slice_) == 0],
+    ]
+    found = []
+    for settings in knobs:
+        for setting in settings:
+            name = ' '.join(f'--config.{k}={v}' for k, v in setting.items())
+            print(f'trying {name} ...', file=sys.stderr, flush=True)
+            tried = plan(_changed(config, setting), topology, images)
+            if tried['fits'] or setting is settings[-1]:
+                found.append((name, tried))
+                break
+    return found
+
+
+def jaxpr_flops(jaxpr: Any) -> float:
+    """FLOPs of a traced program's matrix products and convolutions, loops counted in full.
+
+    Two a multiply-add. Of a conditional the dearest branch counts, of a `while` one turn; what
+    `shard_map` runs on every device counts as often.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == 'dot_general':
+            (contracted, _), _ = params['dimension_numbers']
+            left = eqn.invars[0].aval.shape
+            total += 2.0 * eqn.outvars[0].aval.size * _product(left[d] for d in contracted)
+            continue
+        if name == 'conv_general_dilated':
+            kernel = eqn.invars[1].aval
+            outputs = kernel.shape[params['dimension_numbers'].rhs_spec[0]]
+            # Where the gradient of a kernel is a convolution, its window is mostly the image.
+            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / outputs
+            continue
+        inner = [jaxpr_flops(j) for j in _subprograms(params)]
+        if name == 'cond':
+            total += max(inner, default=0.0)
+        elif name == 'scan':
+            total += params['length'] * sum(inner)
+        elif name == 'shard_map':
+            total += params['mesh'].size * sum(inner)
+        else:
+            total += sum(inner)
+    return total
+
+
+def _subprograms(params: dict[str, Any]) -> list[Any]:
+    found = []
+    for key, value in params.items():
+        if key in ('fwd_jaxpr_thunk', 'bwd', 'cond_jaxpr'):
+            continue
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(item, 'eqns'):
+                found.append(item)
+            elif hasattr(item, 'jaxpr'):
+                found.append(item.jaxpr)
+    return found
+
+
+def report(p: dict[str, Any]) -> str:
+    """A plan as text."""
+    per_device = p['per_device_batch']
+    lines = [
+        f'{p["topology"]}: {p["devices"]} devices, global batch {p["global_batch"]} '
+        f'({per_device:g} a device), {p["parameters"]:,} parameters, {p["total_steps"]:,} steps',
+    ]
+    have = f'{p["hbm_bytes"] / GiB:.2f} GiB'
+    if 'temp_bytes' not in p:
+        needs = f'{p["needed_bytes"] / GiB:.2f} GiB' if p['needed_bytes'] else 'more'
+        over = p['needed_bytes'] and (p['needed_bytes'] - p['hbm_bytes']) / GiB
+        lines.append(f'does NOT fit: needs {needs} of {have} a device')
+        if over:
+            lines[-1] += f', {over:.2f} GiB too much'
+        return '\n'.join(lines)
+    verdict = 'fits' if p['fits'] else 'does NOT fit'
+    lines += [
+        f'{verdict}: needs {p["needed_bytes"] / GiB:.2f} GiB of {have} a device; state '
+        f'{p["state_bytes"] / GiB:.2f}, activations and temporaries {p["temp_bytes"] / GiB:.2f}, '
+        f'headroom {(p["hbm_bytes"] - p["needed_bytes"]) / GiB:.2f}',
+    ]
+    for c in p['collectives']:
+        how = 'asynchronous' if c['asynchronous'] else 'synchronous'
+        lines.append(f'  {c["op"]}: {c["count"]} ({how}), {c["bytes"] / 2**20:.2f} MiB arrive')
+    s = p['seconds']
+    lines += [
+        f'model {p["model_flops"]:.3g} FLOPs a step, program {p["program_flops"]:.3g}'
+        + (f' ({p["unread_loops"]} loops counted once)' if p['unread_loops'] else ''),
+        f'at best {1e3 * p["step_seconds"]:.1f} ms a step: the larger of compute '
+        f'{1e3 * s["compute"]:.1f} (bfloat16 peak) and memory {1e3 * s["memory"]:.1f} (every '
+        f'instruction reads and writes all it names), and collectives '
+        f'{1e3 * s["collectives"]:.1f} (nothing overlaps)',
+        f'{p["images_per_second"]:,.0f} images/s, {p["hours"]:.1f} hours, '
+        f'{p["chip_hours"]:,.0f} device-hours for the whole run',
+    ]
+    return '\n'.join(lines)
+
+
+def _product(numbers: Any) -> int:
+    total = 1
+    for n in numbers:
+        total *= n
+    return total
+
+
+def _changed(config: Config, values: dict[str, Any]) -> Config:
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.update(values)
+    return config
+
+
+def _images(config: Config) -> int:
+    """How many images an epoch has: as the flag says, as is known, or as the data says."""
+    source = config.data.source
+    if IMAGES.value or source in IMAGES_OF:
+        return IMAGES.value or IMAGES_OF[source]
+    from contrastive_jax import data
+
+    try:
+        return len(data.open_splits(config.data)['train'])
+    except UserError as error:
+        raise UserError(f'{error} Without the data, --images=N says how many there are.') from error
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    # The host compiles and never runs; whatever else it has stays untouched.
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    os.environ.setdefault('TPU_LOG_DIR', tempfile.gettempdir())
+    config, topology = cli.CONFIG.value, TOPOLOGY.value
+    images = _images(config)
+    result = plan(config, topology, images)
+    print(report(result), flush=True)
+    if not result['fits']:
+        result['remedies'] = {}
+        for name, tried in remedies(config, topology, images):
+            print(f'\nwith {name}\n{report(tried)}', flush=True)
+            result['remedies'][name] = tried
+    if JSON.value:
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == '__main__':
+    cli.command(main, [cli.CONFIG, TOPOLOGY])
