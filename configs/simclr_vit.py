@@ -40,13 +40,16 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
+    """For few steps: small batches, crops not too small, colours that keep more of themselves."""
     config_lib.dataset(c, 'cifar10')
-    c.total_steps, c.batch_size = 400, 256
-    c.log_every, c.checkpoint_every = 20, 200
-    c.augment = {'jitter': HALF_JITTER, 'grayscale': {'prob': 0.2}}
-    c.model = {'name': 'vit', 'width': 192, 'depth': 6, 'heads': 3, 'patch': 4, 'pool': 'mean'}
+    c.total_steps, c.batch_size = 1100, 64
+    c.log_every, c.checkpoint_every = 100, 500
+    c.data.crop.scale = (0.2, 1.0)
+    jitter = {**HALF_JITTER, 'saturation': 0.2, 'hue': 0.05}
+    c.augment = {'jitter': jitter, 'grayscale': {'prob': 0.2}}
+    c.model = {'name': 'vit', 'width': 192, 'depth': 4, 'heads': 3, 'patch': 8, 'pool': 'mean'}
     c.method = {'name': 'simclr', 'temperature': 0.2, 'hidden': 512, 'projection': 128}
-    c.optim = {'name': 'adamw', 'learning_rate': 1e-3, 'weight_decay': 0.05, 'warmup': 0.1}
+    c.optim = {'name': 'adamw', 'learning_rate': 4e-3, 'weight_decay': 0.05, 'warmup': 0.05}
     c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
 
 

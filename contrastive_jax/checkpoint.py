@@ -112,15 +112,9 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any], must_exist: boo
     Raises:
         UserError: the workdir's config differs; the keys are listed with both values.
     """
-    path = epath.Path(workdir) / CONFIG
-    if not path.exists():
-        if must_exist:
-            raise UserError(f'--workdir: there is no run in {workdir} (no {CONFIG}).')
+    if not must_exist and not (epath.Path(workdir) / CONFIG).exists():
         return
-    try:
-        theirs = flatten(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f'{path}: not JSON ({error}); is this a workdir of ours?') from error
+    theirs = flatten(read(workdir))
     ours = flatten(json.loads(json.dumps(dict(config))))
     differing = [
         f'  config.{key}: there {theirs.get(key, "(not set)")!r}, '
@@ -134,6 +128,21 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any], must_exist: boo
             + '\n'.join(differing)
             + '\nUse another --workdir, or the config that it was started with.'
         )
+
+
+def read(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The config that a workdir's run was started with.
+
+    Raises:
+        UserError: there is none, or it is not JSON.
+    """
+    path = epath.Path(workdir) / CONFIG
+    if not path.exists():
+        raise UserError(f'--workdir: there is no run in {workdir} (no {CONFIG}).')
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f'{path}: not JSON ({error}); is this a workdir of ours?') from error
 
 
 def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:

@@ -61,8 +61,7 @@ class Writer:
         if not self._enabled:
             return
         record = {'step': int(step)} | {k: _finite(v) for k, v in values.items()}
-        with (epath.Path(self._workdir) / FILE).open('a') as file:
-            file.write(_line(record))
+        append(epath.Path(self._workdir) / FILE, _line(record))
         if self._tensorboard:
             if self._events is None:
                 self._events = _tensorboard(self._workdir)
@@ -92,6 +91,15 @@ def read(workdir: str) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UserError(f'{path}, line {number}: not JSON ({error}).') from error
     return records
+
+
+def append(path: epath.Path, line: str) -> None:
+    """Adds a line to a file. A bucket's objects cannot grow: there it is written anew."""
+    if '://' in str(path):
+        path.write_text((path.read_text() if path.exists() else '') + line)
+    else:
+        with path.open('a') as file:
+            file.write(line)
 
 
 def _line(record: Mapping[str, Any]) -> str:

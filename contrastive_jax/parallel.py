@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from contrastive_jax.config import UserError
 
 AXIS = 'data'
+HEARTBEAT = 40  # seconds without a sign of life after which the other processes stop
 FSDP_SIZE = 2**14  # numbers in the smallest leaf that is worth splitting
 
 
@@ -160,10 +161,13 @@ def initialize(coordinator: str, processes: int, process: int) -> None:
         processes: how many there are; ignored unless a coordinator is named.
         process: which one this is, from 0.
     """
+    # JAX waits 100 s by default before it believes that a process is dead.
     if coordinator == 'auto':
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
     elif coordinator:
-        jax.distributed.initialize(coordinator, num_processes=processes, process_id=process)
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT
+        )
 
 
 def tree_bytes(tree: Any) -> int:

@@ -104,19 +104,20 @@ def plan(config: Config, topology: str, images: int) -> dict[str, Any]:
     """
     import jax
 
-    from contrastive_jax import hlo, parallel, train
+    from contrastive_jax import hlo, parallel
+    from contrastive_jax import program as programs
 
     chip, slice_ = devices(topology)
     mesh = parallel.make_mesh(slice_)
     with jax.set_mesh(mesh):
-        program = train.build_program(config, mesh, images)
+        program = programs.build(config, mesh, images)
         state_bytes = sum(
             leaf.dtype.itemsize * _product(leaf.sharding.shard_shape(leaf.shape))
             for leaf in jax.tree.leaves(program.state)
         )
         # What the model costs, without what is computed twice to save memory.
         plain = _changed(config, {'microbatch': 0, 'remat': False})
-        traced = train.build_program(plain, mesh, images).step.trace(program.state, program.batch)
+        traced = programs.build(plain, mesh, images).step.trace(program.state, program.batch)
         result: dict[str, Any] = {
             'topology': topology,
             'devices': mesh.size,

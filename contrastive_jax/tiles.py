@@ -141,8 +141,8 @@ class Layout(NamedTuple):
 
         if pieces == 1:
             return lax.ppermute(x, axis(), hops)
-        cut = x.reshape(pieces, -1, *x.shape[1:])
-        return lax.fori_loop(0, pieces, piece, cut).reshape(x.shape)
+        split = x.reshape(pieces, -1, *x.shape[1:])
+        return lax.fori_loop(0, pieces, piece, split).reshape(x.shape)
 
     def _home(self, x: jax.Array) -> jax.Array:
         """[N padded, ...] on every device -> [devices, shard, ...]: all that is said of a shard."""

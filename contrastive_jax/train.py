@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from clu import parameter_overview
@@ -28,31 +27,17 @@ from contrastive_jax import (
     data,
     evals,
     figures,
-    models,
-    optim,
     parallel,
+    program,
 )
 from contrastive_jax import config as config_lib
 from contrastive_jax import metrics as records
 from contrastive_jax.config import Config, UserError, build
 from contrastive_jax.data import pipeline
 from contrastive_jax.method import Method
-from contrastive_jax.state import TrainState, make_init, make_step
+from contrastive_jax.state import TrainState
 
 PIXELS = 'pixels_'  # prefix of the raw-pixel baseline's metric names
-
-
-class Program(NamedTuple):
-    """What a config computes, without the data."""
-
-    method: Method
-    schedule: Callable[[int], jax.Array]
-    augment: Callable[[jax.Array, jax.Array], jax.Array]
-    total_steps: int
-    batch: dict[str, jax.ShapeDtypeStruct]  # of one step
-    init: Callable[[], TrainState]
-    step: Callable[..., Any]
-    state: TrainState  # shapes, dtypes and shardings
 
 
 class Parts(NamedTuple):
@@ -61,7 +46,7 @@ class Parts(NamedTuple):
     splits: dict[str, data.Source]
     bad: pipeline.BadRecords
     evaluators: dict[str, evals.Evaluate]
-    program: Program
+    program: program.Program
 
 
 def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, float]:
@@ -113,67 +98,7 @@ def build_parts(config: Config, workdir: str | None, mesh: jax.sharding.Mesh) ->
     splits = data.open_splits(config.data)
     listed = epath.Path(workdir) / 'bad_records.jsonl' if workdir else None
     bad = pipeline.BadRecords(listed, sum(map(len, splits.values())), config.data.max_bad)
-    return Parts(splits, bad, evaluators, build_program(config, mesh, len(splits['train'])))
-
-
-def build_program(config: Config, mesh: jax.sharding.Mesh, images: int) -> Program:
-    """The training step of a config, and the state that it starts from.
-
-    Args:
-        config: as in `run`.
-        mesh: of the devices that it runs on, or is compiled for.
-        images: of an epoch.
-    """
-    d = config.data
-    size = config.batch_size
-    parallel.check_batch(mesh, size, config.accumulate, config.microbatch)
-    model = build('models', config.model, 'config.model', remat=config.remat)
-    if config.microbatch:
-        model = models.Microbatched(model, size // config.accumulate // config.microbatch)
-    method = build('methods', config.method, 'config.method', model)
-    pictures = augment.make(
-        config.augment.to_dict(), views=d.views, image_size=d.image_size, mean=d.mean, std=d.std
-    )
-    total_steps = config.total_steps or round(config.total_epochs * images / size)
-    if total_steps < 1:
-        raise UserError(
-            f'config.total_steps: got {config.total_steps} and config.total_epochs '
-            f'{config.total_epochs:g}; expected one of them to be above 0.'
-        )
-    tx, schedule = config_lib.call(
-        optim.make, 'config.optim', **config.optim, total_steps=total_steps, batch_size=size
-    )
-    split = parallel.rows(mesh)
-    views = (d.views, d.image_size, d.image_size, 3)
-
-    def batch(rows: int, pixels: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        integer = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split)
-        images = jax.ShapeDtypeStruct((rows, *views), pixels, sharding=split)
-        return {'views': images, 'label': integer, 'index': integer}
-
-    make = make_init(method, tx, config.seed)
-
-    def init() -> TrainState:
-        return make({k: jnp.zeros(v.shape, v.dtype) for k, v in batch(1, jnp.float32).items()})
-
-    state = parallel.lay_out(mesh, jax.eval_shape(init), config.fsdp)
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(
-        make_step(method, tx, pictures, config.seed, config.accumulate),
-        donate_argnums=0,
-        in_shardings=(shardings, split),
-        out_shardings=(shardings, parallel.replicated(mesh)),
-    )
-    return Program(
-        method,
-        schedule,
-        pictures,
-        total_steps,
-        batch(size, jnp.uint8),
-        jax.jit(init, out_shardings=shardings),
-        step,
-        state,
-    )
+    return Parts(splits, bad, evaluators, program.build(config, mesh, len(splits['train'])))
 
 
 def _train(
@@ -280,10 +205,32 @@ def _evaluate_only(
     return values
 
 
-def _evaluate(
+def load(workdir: str) -> tuple[Parts, evals.Encoder]:
+    """What a run has trained, to look at: its data and the newest checkpoint's encoder.
+
+    `encoder.features('test')` are the features and labels of a split.
+
+    Raises:
+        UserError: there is no run in workdir, or no complete checkpoint of it.
+    """
+    config = config_lib.base()
+    with config.unlocked():
+        config.update(checkpoint.read(workdir))
+    mesh = parallel.make_mesh()
+    with jax.set_mesh(mesh):
+        parts = build_parts(config, None, mesh)
+        checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.best)
+        state = checkpoints.restore(parts.program.state)
+        checkpoints.close()
+    if state is None:
+        raise UserError(f'there is no complete checkpoint in {workdir}/checkpoints.')
+    return parts, _encoder(config, parts, mesh, state)
+
+
+def _encoder(
     config: Config, parts: Parts, mesh: jax.sharding.Mesh, state: TrainState | None
-) -> dict[str, float]:
-    """What every evaluator says of a state's encoder, or with None of the raw pixels."""
+) -> evals.Encoder:
+    """A state's encoder, or with None the raw pixels, as evaluators see it."""
     d = config.data
 
     if state is None:
@@ -304,9 +251,14 @@ def _evaluate(
             process_count=jax.process_count(),
         )
 
-    encoder = evals.Encoder(
-        encode, tuple(parts.splits), parts.splits['train'].classes, batches, mesh
-    )
+    return evals.Encoder(encode, tuple(parts.splits), parts.splits['train'].classes, batches, mesh)
+
+
+def _evaluate(
+    config: Config, parts: Parts, mesh: jax.sharding.Mesh, state: TrainState | None
+) -> dict[str, float]:
+    """What every evaluator says of a state's encoder, or with None of the raw pixels."""
+    encoder = _encoder(config, parts, mesh, state)
     prefix = PIXELS if state is None else ''
     values: dict[str, float] = {}
     for name, evaluate in parts.evaluators.items():

@@ -207,3 +207,27 @@ def test_curves_show_what_was_recorded(tmp_path):
     assert list(values) == [5, 0.05]
     steps, values = figures._series(run(), 'eval/linear/top1_10_per_class', 100)
     assert (list(steps), list(values)) == ([0, 100], [90, 97])
+
+
+def test_a_bucket_s_file_grows_by_being_written_anew():
+    """gcsfs turns mode 'a' into overwriting."""
+
+    class Object:
+        text = None
+
+        def __str__(self):
+            return 'gs://bucket/metrics.jsonl'
+
+        def exists(self):
+            return self.text is not None
+
+        def read_text(self):
+            return self.text
+
+        def write_text(self, text):
+            self.text = text
+
+    path = Object()
+    for line in ('a\n', 'b\n'):
+        metrics.append(path, line)
+    assert path.text == 'a\nb\n'
