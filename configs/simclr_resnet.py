@@ -55,13 +55,13 @@ def digits(c: Config) -> None:
 def cifar10_small(c: Config) -> None:
     """For few steps: small batches, crops not too small, colours that keep more of themselves."""
     config_lib.dataset(c, 'cifar10')
-    c.total_steps, c.batch_size = 1750, 64
+    c.total_steps, c.batch_size = 1850, 64
     c.log_every, c.checkpoint_every = 100, 500
     c.data.crop.scale = (0.2, 1.0)
     jitter = {**HALF_JITTER, 'saturation': 0.2, 'hue': 0.05}
     c.augment = {'jitter': jitter, 'grayscale': {'prob': 0.2}}
     c.model = SMALL
-    c.method = {'name': 'simclr', 'temperature': 0.2, 'hidden': 512, 'projection': 128}
+    c.method = {'name': 'simclr', 'temperature': 0.1, 'hidden': 512, 'projection': 128}
     c.optim = {'name': 'adamw', 'learning_rate': 8e-3, 'weight_decay': 0.05, 'warmup': 0.05}
     c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
 

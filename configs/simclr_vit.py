@@ -48,7 +48,7 @@ def cifar10_small(c: Config) -> None:
     jitter = {**HALF_JITTER, 'saturation': 0.2, 'hue': 0.05}
     c.augment = {'jitter': jitter, 'grayscale': {'prob': 0.2}}
     c.model = {'name': 'vit', 'width': 192, 'depth': 4, 'heads': 3, 'patch': 8, 'pool': 'mean'}
-    c.method = {'name': 'simclr', 'temperature': 0.2, 'hidden': 512, 'projection': 128}
+    c.method = {'name': 'simclr', 'temperature': 0.1, 'hidden': 512, 'projection': 128}
     c.optim = {'name': 'adamw', 'learning_rate': 4e-3, 'weight_decay': 0.05, 'warmup': 0.05}
     c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
 

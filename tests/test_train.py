@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from contrastive_jax import metrics
+from contrastive_jax import metrics, train
+from contrastive_jax.config import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [
@@ -188,6 +189,18 @@ def test_eval_only(whole, tmp_path):
     out = finish(start(tmp_path / 'nothing', '--eval_only'), code=2)
     assert 'no run in' in out
     assert not (tmp_path / 'nothing').exists()
+
+
+def test_what_was_trained_can_be_looked_at(whole, tmp_path):
+    parts, encoder = train.load(str(whole))
+    test = encoder.features('test')
+    count = len(parts.splits['test'])
+    assert test.x_ND.shape[1] == 16
+    assert np.isfinite(np.asarray(test.x_ND)).all()
+    labels = [parts.splits['test'][i]['label'] for i in range(count)]
+    assert test.label_N[:count].tolist() == labels
+    with pytest.raises(UserError, match='no run'):
+        train.load(str(tmp_path))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(tmp_path):
