@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, base
 from contrastive_jax.state import TrainState
 
 CONFIG = 'config.json'
@@ -114,7 +114,8 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any], must_exist: boo
     """
     if not must_exist and not (epath.Path(workdir) / CONFIG).exists():
         return
-    theirs = flatten(read(workdir))
+    # Keys that a run is older than had the effect of their defaults.
+    theirs = flatten(json.loads(json.dumps(base().to_dict()))) | flatten(read(workdir))
     ours = flatten(json.loads(json.dumps(dict(config))))
     differing = [
         f'  config.{key}: there {theirs.get(key, "(not set)")!r}, '

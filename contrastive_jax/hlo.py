@@ -81,7 +81,7 @@ class Costs(NamedTuple):
     """What one execution costs a device."""
 
     flops: float  # of matrix products and convolutions, two a multiply-add
-    bytes: float  # read and written by instructions, an upper bound of the memory traffic
+    bytes: float  # read and written by instructions, as if nothing stayed on the chip
     collectives: list[Collective]
     unread_loops: int  # that counted once
 
@@ -109,13 +109,14 @@ def costs(text: str) -> Costs:
         op = instruction.op.removesuffix('-start')
         if op in COLLECTIVES:
             asynchronous = instruction.op.endswith('-start')
-            # A start returns what it was given beside what arrives.
-            shapes = [s for s in instruction.shapes if s.dims or s.dtype not in ('u32', 's32')]
-            arrived = sum(s.bytes for s in shapes) / (2 if asynchronous and len(shapes) > 1 else 1)
+            arrived = _arriving(op, asynchronous, instruction)
             count, size = found.get((op, asynchronous), (0, 0.0))
             found[op, asynchronous] = count + times, size + times * arrived
         if not fused and instruction.op not in FREE and not instruction.op.endswith('-done'):
-            traffic += times * _traffic(instruction, siblings)
+            fusion = re.search(r'calls=%?([\w.\-]+)', instruction.text)
+            body = computations.get(fusion.group(1), {}) if fusion else {}
+            inside = {i.op for i in body.values()} or {instruction.op}
+            traffic += times * _traffic(instruction, siblings, inside)
     listed = [Collective(*key, *value) for key, value in sorted(found.items())]
     return Costs(flops, traffic, listed, unread)
 
@@ -198,9 +199,11 @@ def _turns(
     bounds = [
         int(m.group(1))
         for i in condition.values()
-        if i.op == 'constant' and (m := re.search(r'constant\((\d+)\)', i.text))
+        if i.op == 'constant' and (m := re.search(r'^[su]32\[\]\S* constant\((\d+)\)', i.text))
     ]
-    return bounds[0] if len(bounds) == 1 else None
+    # Counters start at 0 and go up by 1, as those of JAX do.
+    counts_up = any(i.op == 'compare' and 'direction=LT' in i.text for i in condition.values())
+    return bounds[0] if len(bounds) == 1 and counts_up else None
 
 
 def _flops(instruction: Instruction, siblings: Computation) -> float:
@@ -258,11 +261,39 @@ def _attribute(text: str, name: str) -> str:
     return found.group(1) if found else ''
 
 
-def _traffic(instruction: Instruction, siblings: Computation) -> float:
+def _arriving(op: str, asynchronous: bool, instruction: Instruction) -> float:
+    """Bytes that a device gets from others, as a ring would bring them."""
+    shapes = instruction.shapes
+    if asynchronous and op in ('all-gather', 'collective-permute'):
+        # (operands, results, and what the hardware notes down)
+        arrays = [s for s in shapes if s.dims or s.dtype not in ('u32', 's32')]
+        shapes = arrays[len(arrays) // 2 :]
+    result = sum(s.bytes for s in shapes)
+    text = instruction.text
+    if sizes := re.search(r'replica_groups=\[(\d+),(\d+)\]', text):
+        n = int(sizes.group(2))
+    elif first := re.search(r'replica_groups=\{\{([\d,]+)\}', text):
+        n = len(first.group(1).split(','))
+    else:
+        return result
+    share = {
+        'all-gather': (n - 1) / n,
+        'all-to-all': (n - 1) / n,
+        'reduce-scatter': n - 1,
+        'all-reduce': 2 * (n - 1) / n,
+    }
+    return result * share.get(op, 1)
+
+
+def _traffic(instruction: Instruction, siblings: Computation, inside: set[str]) -> float:
     """Bytes of the result and of the operands.
 
-    A slice reads, and an update in place writes, no more than its part; so does a fusion around
-    one, for which an operand counts as at most as large as the largest other array.
+    Args:
+        instruction: of the program, not within a fusion.
+        siblings: its computation's instructions.
+        inside: the ops of the fusion that it is, or its own.
+
+    A slice reads, and an update in place writes, its part alone; so does a fusion around one.
     """
     result = sum(s.bytes for s in instruction.shapes)
     operands = [
@@ -270,11 +301,8 @@ def _traffic(instruction: Instruction, siblings: Computation) -> float:
         for name in instruction.operands
         if name in siblings
     ]
-    if 'dynamic-slice' in instruction.text or instruction.op in ('slice', 'dynamic-slice'):
-        return 2 * result
-    if 'dynamic-update-slice' in instruction.text or 'dynamic_update_slice' in instruction.text:
-        small = sorted(operands)[:-1]
-        return 2.0 * sum(small)
-    if 'dynamic_slice' in instruction.text:
+    if 'dynamic-update-slice' in inside:  # the largest operand is what is updated, as is the result
+        return 2.0 * sum(sorted(operands)[:-1])
+    if inside & {'dynamic-slice', 'slice', 'gather'}:
         return result + sum(min(o, result) for o in operands)
     return result + sum(operands)

@@ -85,7 +85,9 @@ def cpu_devices() -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     rows = max(1, CONFIG.value.batch_size // max(1, CONFIG.value.accumulate))
-    jax.config.update('jax_num_cpu_devices', math.gcd(min(cores or 1, 8), rows))
+    jax.config.update(
+        'jax_num_cpu_devices', math.gcd(min(cores or 1, 8), rows, CONFIG.value.microbatch)
+    )
 
 
 def quiet() -> None:

@@ -98,8 +98,14 @@ def append(path: epath.Path, line: str) -> None:
     if '://' in str(path):
         path.write_text((path.read_text() if path.exists() else '') + line)
     else:
-        with path.open('a') as file:
-            file.write(line)
+        with open(path, 'a+b') as file:
+            file.seek(0, 2)
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read() != b'\n':  # a killed process left a line unfinished
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b'\n') + 1)
+            file.write(line.encode())
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -27,7 +27,11 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     hardware, where there is one: what travels around the ring then crosses one link a hop, which
     XLA overlaps with compute.
     """
-    devices = _ring(list(jax.devices() if devices is None else devices))
+    devices = list(jax.devices() if devices is None else devices)
+    if all(d.platform == 'tpu' for d in devices):  # elsewhere coordinates mean something else
+        slices = sorted({getattr(d, 'slice_index', 0) or 0 for d in devices})
+        parts = [[d for d in devices if (getattr(d, 'slice_index', 0) or 0) == s] for s in slices]
+        devices = [d for part in parts for d in _ring(part)]
     return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -108,6 +112,9 @@ def lay_out(mesh: Mesh, tree: Any, fsdp: bool) -> Any:
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1, microbatch: int = 0) -> None:
     """Raises UserError unless every device gets the same number of rows of every micro-batch."""
+    for name, value, least in (('accumulate', accumulate, 1), ('microbatch', microbatch, 0)):
+        if value < least:
+            raise UserError(f'config.{name}: got {value}; expected at least {least}.')
     parts = mesh.size * accumulate
     if batch_size <= 0 or batch_size % parts:
         near = max(1, round(batch_size / parts)) * parts

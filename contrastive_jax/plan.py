@@ -132,7 +132,7 @@ def plan(config: Config, topology: str, images: int) -> dict[str, Any]:
         try:
             compiled = program.step.lower(program.state, program.batch).compile()
         except jax.errors.JaxRuntimeError as error:
-            if 'RESOURCE_EXHAUSTED' not in str(error):
+            if 'RESOURCE_EXHAUSTED' not in str(error) or 'hbm' not in str(error):
                 raise
             used = re.search(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm', str(error))
             needs = float(used.group(1)) * 1024.0 ** ' KMGT'.index(used.group(2)) if used else None
@@ -173,19 +173,28 @@ def plan(config: Config, topology: str, images: int) -> dict[str, Any]:
 
 def remedies(config: Config, topology: str, images: int) -> list[tuple[str, dict[str, Any]]]:
     """For every knob the first setting that makes a config fit, or the last one, with its plan."""
+    from contrastive_jax import parallel
+
     B = config.batch_size
     halves = [2**k for k in range(1, 11)]
-    _, slice_ = devices(topology)
+    mesh = parallel.make_mesh(devices(topology)[1])
 
-    def whole(size: int) -> bool:
-        return size * len(slice_) > 0 and B % size == 0 and size % len(slice_) == 0
+    def possible(setting: dict[str, Any]) -> bool:
+        c = _changed(config, setting)
+        try:
+            parallel.check_batch(mesh, c.batch_size, c.accumulate, c.microbatch)
+        except UserError:
+            return False
+        return c != config
 
+    encoded = config.microbatch or B // config.accumulate
     knobs: list[list[dict[str, Any]]] = [
         [{'fsdp': True}],
         [{'remat': True}],
-        [{'microbatch': B // h} for h in halves if whole(B // h)],
-        [{'batch_size': B // h} for h in halves if (B // h) and (B // h) % len(slice_) == 0],
+        [{'microbatch': encoded // h} for h in halves if encoded // h],
+        [{'batch_size': B // h, 'microbatch': 0} for h in halves],
     ]
+    knobs = [[s for s in settings if possible(s)] for settings in knobs]
     found = []
     for settings in knobs:
         for setting in settings:
@@ -216,7 +225,8 @@ def jaxpr_flops(jaxpr: Any) -> float:
             kernel = eqn.invars[1].aval
             outputs = kernel.shape[params['dimension_numbers'].rhs_spec[0]]
             # Where the gradient of a kernel is a convolution, its window is mostly the image.
-            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / outputs
+            holes = _product(params['lhs_dilation'])  # of a strided convolution's gradient
+            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / outputs / holes
             continue
         inner = [jaxpr_flops(j) for j in _subprograms(params)]
         if name == 'cond':
@@ -271,7 +281,7 @@ def report(p: dict[str, Any]) -> str:
     lines += [
         f'model {p["model_flops"]:.3g} FLOPs a step, program {p["program_flops"]:.3g}'
         + (f' ({p["unread_loops"]} loops counted once)' if p['unread_loops'] else ''),
-        f'at best {1e3 * p["step_seconds"]:.1f} ms a step: the larger of compute '
+        f'about {1e3 * p["step_seconds"]:.1f} ms a step: the larger of compute '
         f'{1e3 * s["compute"]:.1f} (bfloat16 peak) and memory {1e3 * s["memory"]:.1f} (every '
         f'instruction reads and writes all it names), and collectives '
         f'{1e3 * s["collectives"]:.1f} (nothing overlaps)',

@@ -101,7 +101,8 @@ def sum(
 ) -> jax.Array:
     """`Σ_ij term(row_i, bank_j)`, differentiable; its gradient is found in the same pass.
 
-    Arguments as in `logsumexp`; the term is finite, and 0 where a pair does not count.
+    Arguments as in `logsumexp`; the term is finite, and 0 where a pair does not count. What the sum
+    is divided by belongs into the term: gradients take their arrays' dtype before they are scaled.
 
     Returns:
         float32 scalar.

@@ -131,9 +131,10 @@ class Layout(NamedTuple):
     def _hop(self, x: jax.Array) -> jax.Array:
         """Device i hands x to i − 1; what is large, piece by piece, so that only a piece waits."""
         hops = [(i, (i - 1) % self.devices) for i in range(self.devices)]
-        pieces = min(-(-x.size * x.dtype.itemsize // HOP_BYTES), x.shape[0])
-        while x.shape[0] % pieces:
-            pieces += 1
+        wanted = min(-(-x.size * x.dtype.itemsize // HOP_BYTES), x.shape[0])
+        pieces = next(n for n in range(wanted, x.shape[0] + 1) if x.shape[0] % n == 0)
+        if pieces > 8 * wanted:  # a length that hardly divides
+            pieces = 1
 
         def piece(i: jax.Array, x: jax.Array) -> jax.Array:
             arrived = lax.ppermute(x[i], axis(), hops)

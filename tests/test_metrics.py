@@ -231,3 +231,10 @@ def test_a_bucket_s_file_grows_by_being_written_anew():
     for line in ('a\n', 'b\n'):
         metrics.append(path, line)
     assert path.text == 'a\nb\n'
+
+
+def test_an_unfinished_line_is_dropped_before_the_next(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"step": 1}\n{"ste')
+    metrics.append(path, '{"step": 2}\n')
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

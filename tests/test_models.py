@@ -151,7 +151,7 @@ def test_positions_tell_patches_apart_and_not_cls():
         assert len(np.unique(np.round(extra['patches'][0], 5), axis=0)) == 4
     bare = vit.ViT(
         width=16, depth=0, heads=2, hidden=64, patch=4, pool='cls', position='sincos2d',
-        dtype=jnp.float32,
+        remat=False, dtype=jnp.float32,
     )  # fmt: skip
     params['cls_token'] = jnp.arange(16.0)[None, None]
     (features, extra), _ = apply(bare, params, {}, x, False)

@@ -227,7 +227,7 @@ def test_large_shards_travel_in_pieces(monkeypatch):
 
 class FakeChip:
     def __init__(self, coords, core):
-        self.coords, self.core_on_chip = coords, core
+        self.coords, self.core_on_chip, self.platform = coords, core, 'tpu'
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_records_and_the_newest_checkpoints_are_kept(whole):
 def test_another_config_is_refused_with_the_differing_keys(whole):
     error = mistake(whole, '--config.seed=1', '--config.method.temperature=0.7')
     assert 'config.seed: there 0, here 1' in error
-    assert 'config.method.temperature: there 0.2, here 0.7' in error
+    assert 'config.method.temperature: there 0.3, here 0.7' in error
 
 
 def test_eval_only(whole, tmp_path):

@@ -75,20 +75,25 @@ class Encoder:
 
     def _compute(self, split: str) -> Features:
         x, label = [], []
-        waiting: list[tuple[jax.Array, jax.Array, jax.Array]] = []
+        waiting: list[tuple[jax.Array, ...]] = []
 
         def collect() -> None:
-            x_BD, label_B, mask_B = waiting.pop(0)
-            x.append(parallel.to_host(x_BD).astype(np.float32))
+            x_BD, label_B, mask_B, place_B = (parallel.to_host(y) for y in waiting.pop(0))
+            order = np.argsort(place_B)
+            x_BD, label_B, mask_B = x_BD[order], label_B[order], mask_B[order]
+            x.append(x_BD.astype(np.float32))
             # A row that does not count must not poison statistics either, whatever the encoder
             # made of its black pixels.
-            counts_B = parallel.to_host(mask_B) > 0
+            counts_B = mask_B > 0
             x[-1] = np.where(counts_B[:, None], x[-1], 0)
-            label.append(np.where(counts_B, parallel.to_host(label_B), -1).astype(np.int32))
+            label.append(np.where(counts_B, label_B, -1).astype(np.int32))
 
         for numpy_batch in self._batches(split):
-            batch = parallel.shard_batch(self.mesh, numpy_batch)
-            waiting.append((self._encode(batch), batch['label'], batch['mask']))
+            # Where a row is in the global batch: the mesh may order processes' devices otherwise.
+            count = len(numpy_batch['label'])
+            place = np.arange(count, dtype=np.int32) + jax.process_index() * count
+            batch = parallel.shard_batch(self.mesh, {**numpy_batch, 'place': place})
+            waiting.append((self._encode(batch), batch['label'], batch['mask'], batch['place']))
             if len(waiting) > 2:  # the devices always have the next batches to work on
                 collect()
         while waiting:

@@ -242,7 +242,8 @@ def sup_con(
         return cosine(row, bank, dtype) / temperature
 
     how = {'tile': tile, 'exchange': exchange}
-    positives_R = similarity.count(positive, views, views, **how).astype(jnp.float32)
+    ids = {key: views[key] for key in ('view', 'label')}
+    positives_R = similarity.count(positive, ids, ids, **how).astype(jnp.float32)
     anchors = jnp.maximum(jnp.sum(positives_R > 0), 1)
     all_R = similarity.logsumexp_symmetric(
         lambda row, bank: jnp.where(other(row, bank), score(row, bank), -jnp.inf), views, **how

@@ -55,7 +55,7 @@ def max_margin(
         same_mn = row['label'][:, None] == bank['label'][None, :]
         loss_mn = jnp.where(same_mn, d_mn**2, jnp.maximum(margin - d_mn, 0.0) ** 2) / 2
         itself_mn = row['index'][:, None] == bank['index'][None, :]
-        return jnp.where(itself_mn, 0.0, loss_mn) / (B * (B - 1))
+        return jnp.where(itself_mn, 0.0, loss_mn) / float(B * (B - 1))
 
     return similarity.sum(term, points, points, tile=tile, exchange=exchange)
 
@@ -78,8 +78,9 @@ def triplet(
         margin: > 0, in units of d.
         mining: which triplets are averaged over.
             'all': every one (Hermans et al. 2017, "batch all", eq. 6).
-            'semi_hard': for every (a, p) the nearest negative that is farther than p, or where
-            there is none the farthest negative (FaceNet, Schroff et al. 2015, section 3.2).
+            'semi_hard': for every (a, p) the nearest negative that is farther than p (FaceNet,
+            Schroff et al. 2015, section 3.2), or where there is none the farthest negative (as in
+            TensorFlow Addons' TripletSemiHardLoss).
             'batch_hard': for every a the farthest positive and the nearest negative (Hermans et
             al. 2017, eq. 5).
         distance, map_KD: as in `max_margin`.
@@ -120,6 +121,7 @@ def _all(d_mB: jax.Array, positive_mB: jax.Array, negative_mB: jax.Array, margin
     up_to = jnp.cumsum(jnp.where(jnp.isinf(d_an), 0.0, d_an), axis=1)
     up_to = jnp.pad(up_to, ((0, 0), (1, 0)))
     hinge_mB = found_mB * limit_mB - jnp.take_along_axis(up_to, found_mB, axis=1)
+    hinge_mB = jnp.maximum(hinge_mB, 0.0)  # where it is rounding alone
     loss_m = jnp.sum(jnp.where(positive_mB, hinge_mB, 0.0), axis=1)
     return loss_m, jnp.sum(positive_mB, 1).astype(jnp.float32) * jnp.sum(negative_mB, 1)
 
@@ -132,7 +134,8 @@ def _semi_hard(d_mB: jax.Array, positive_mB: jax.Array, negative_mB: jax.Array, 
     counts_mB = positive_mB & (negatives_m > 0)[:, None]
     chosen_mB = jnp.where(counts_mB, jnp.take_along_axis(d_an, found_mB, axis=1), 0.0)
     hinge_mB = jnp.maximum(d_mB - chosen_mB + margin, 0.0)
-    return jnp.sum(jnp.where(counts_mB, hinge_mB, 0.0), axis=1), jnp.sum(counts_mB, axis=1)
+    loss_m = jnp.sum(jnp.where(counts_mB, hinge_mB, 0.0), axis=1)
+    return loss_m, jnp.sum(counts_mB, axis=1).astype(jnp.float32)
 
 
 def _batch_hard(d_mB: jax.Array, positive_mB: jax.Array, negative_mB: jax.Array, margin: float):

@@ -38,8 +38,8 @@ def inner(a_mD: jax.Array, b_nD: jax.Array, dtype: Any) -> jax.Array:
     Args:
         a_mD, b_nD: the blocks.
         dtype: that the values came in. Those of bfloat16 lose nothing in one pass of a matrix unit
-            that takes bfloat16; others are multiplied in full float32, also where the hardware's
-            default is less.
+            that takes bfloat16 (their gradients' weights are rounded to it there); others are
+            multiplied in full float32, also where the hardware's default is less.
     """
     exact = jnp.dtype(dtype) == jnp.bfloat16
     precision = lax.Precision.DEFAULT if exact else lax.Precision.HIGHEST
