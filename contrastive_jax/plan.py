@@ -8,6 +8,7 @@ Needs `libtpu` (the [tpu] extra), but no TPU.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -112,7 +113,7 @@ def plan(config: Config, topology: str, images: int) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         program = programs.build(config, mesh, images)
         state_bytes = sum(
-            leaf.dtype.itemsize * _product(leaf.sharding.shard_shape(leaf.shape))
+            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
             for leaf in jax.tree.leaves(program.state)
         )
         # What the model costs, without what is computed twice to save memory.
@@ -219,13 +220,12 @@ def jaxpr_flops(jaxpr: Any) -> float:
         if name == 'dot_general':
             (contracted, _), _ = params['dimension_numbers']
             left = eqn.invars[0].aval.shape
-            total += 2.0 * eqn.outvars[0].aval.size * _product(left[d] for d in contracted)
+            total += 2.0 * eqn.outvars[0].aval.size * math.prod(left[d] for d in contracted)
             continue
         if name == 'conv_general_dilated':
             kernel = eqn.invars[1].aval
             outputs = kernel.shape[params['dimension_numbers'].rhs_spec[0]]
-            # Where the gradient of a kernel is a convolution, its window is mostly the image.
-            holes = _product(params['lhs_dilation'])  # of a strided convolution's gradient
+            holes = math.prod(params['lhs_dilation'])  # of a strided convolution's gradient
             total += 2.0 * eqn.outvars[0].aval.size * kernel.size / outputs / holes
             continue
         inner = [jaxpr_flops(j) for j in _subprograms(params)]
@@ -289,13 +289,6 @@ def report(p: dict[str, Any]) -> str:
         f'{p["chip_hours"]:,.0f} device-hours for the whole run',
     ]
     return '\n'.join(lines)
-
-
-def _product(numbers: Any) -> int:
-    total = 1
-    for n in numbers:
-        total *= n
-    return total
 
 
 def _changed(config: Config, values: dict[str, Any]) -> Config:

@@ -268,11 +268,9 @@ def strips(function: Callable[[Tree, Tree], Tree], rows: Tree, bank: Tree) -> Tr
     """
     M, N, devices = length(rows), length(bank), device_count()
     shape = tiling(-(-M // devices), max(1, STRIP // N))
-    blocks = abstract(rows, shape[1]), abstract(bank, N)
-    with manual_mesh():
-        function, closed_over = jax.closure_convert(function, *blocks)
+    function, closed_over = _convert(function, abstract(rows, shape[1]), abstract(bank, N))
 
-    def local(rows: Tree, bank: Tree, closed_over: list) -> Tree:
+    def local(rows: Tree, bank: Tree, closed_over: tuple) -> Tree:
         if devices > 1:
             bank = jax.tree.map(lambda x: lax.all_gather(x, axis(), tiled=True), bank)
         bank = wide(cut(bank, N))
@@ -300,7 +298,7 @@ def device_count() -> int:
     return 1 if mesh.empty else mesh.shape[mesh.axis_names[0]]
 
 
-def manual_mesh():
+def _manual_mesh():
     """The context that `shard_map` runs its function in, to trace a score for use inside it."""
     mesh = jax.sharding.get_abstract_mesh()
     if device_count() == 1:
@@ -311,9 +309,14 @@ def manual_mesh():
 
 def convert(score: Score, layout: Layout, rows: Tree, bank: Tree) -> tuple[Score, tuple]:
     """The score as a function of its closed-over floating-point values, too; and those."""
-    blocks = abstract(rows, layout.row_tiles[1]), abstract(bank, layout.bank_tiles[1])
-    with manual_mesh():
-        converted, closed_over = jax.closure_convert(score, *blocks)
+    return _convert(
+        score, abstract(rows, layout.row_tiles[1]), abstract(bank, layout.bank_tiles[1])
+    )
+
+
+def _convert(function: Callable, *blocks: Tree) -> tuple[Callable, tuple]:
+    with _manual_mesh():
+        converted, closed_over = jax.closure_convert(function, *blocks)
     return converted, tuple(map(jnp.asarray, closed_over))
 
 
@@ -382,7 +385,7 @@ def abstract(tree: Tree, length: int) -> Tree:
 
 def _floats(tree: Tree) -> int:
     """How many floating-point numbers there are in a tree."""
-    return int(math.fsum(x.size for x in jax.tree.leaves(tree) if _is_float(x)))
+    return sum(x.size for x in jax.tree.leaves(tree) if _is_float(x))
 
 
 def _is_float(x: jax.Array) -> bool:
