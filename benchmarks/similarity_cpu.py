@@ -1,138 +1,272 @@
-"""CLIP's loss, value and gradient, on this CPU: ours, dense JAX, and the peers' PyTorch code.
+"""Two contrastive losses, value and gradient, on this CPU: ours, dense JAX, the peers' PyTorch.
 
-    python benchmarks/similarity_cpu.py                      # ours and dense JAX
-    python -m venv peers
+    python benchmarks/similarity_cpu.py                                # ours and dense
+    python3.11 -m venv peers
     peers/bin/pip install torch==2.14.1 torchvision==0.29.1 open_clip_torch lightly
-    python benchmarks/similarity_cpu.py --peers=peers/bin/python
+    python benchmarks/similarity_cpu.py --peers=peers/bin/python       # with open_clip and lightly
     python benchmarks/similarity_cpu.py --pairs=65536 --only=ours
 
-Every variant runs in a process of its own, in turns, so that all see the same machine; the table
-has the median time and CPU time of a call and the growth of the process's peak memory during
-them, each also as a ratio to dense JAX.
+Prints two Markdown tables: time, CPU time and memory of a call, and ours over the others'.
+
+All see the same float32 embeddings, not normalised, on as many threads as there are cores, and give
+the loss and its gradient in the embeddings; that they agree is checked. Each variant has a process
+of its own, in turns whose order alternates. A turn is a warm-up and three calls (fewer where they
+take more than a minute) and counts with their median; tables have the median over turns, ratios
+that of the ratios within each turn. Memory is how far the peak of the resident memory during the
+turn's calls, the warm-up among them, lies above what was resident before: the gradients count,
+embeddings and compilation do not.
 """
 
 import argparse
+import contextlib
+import ctypes
+import functools
+import gc
+import importlib.metadata
 import json
-import resource
+import math
+import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
-TORCH = """
-import json, resource, sys, time, torch
-B, D, repeats, which = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-torch.manual_seed(0)
-a, b = (torch.randn(B, D, requires_grad=True) for _ in range(2))
-if which == 'open_clip':
-    from open_clip.loss import ClipLoss
-    loss = ClipLoss()
-    f = lambda: loss(torch.nn.functional.normalize(a), torch.nn.functional.normalize(b), 10.0)
-else:
-    from lightly.loss import NTXentLoss
-    loss = NTXentLoss(temperature=0.1)
-    f = lambda: loss(a, b)
-def call():
-    a.grad = b.grad = None
-    value = f(); value.backward(); return float(value)
-torch.ones(8, requires_grad=True).sum().backward()
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-call()
-times = []
-for _ in range(repeats):
-    t, c = time.perf_counter(), time.process_time()
-    value = call()
-    times.append((time.perf_counter() - t, time.process_time() - c))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({'times': times, 'bytes': (peak - base) * 1024, 'value': value}))
-"""
+TEMPERATURE = 0.1
+SECONDS = 60  # that a turn's calls take, unless one takes longer
+VARIANTS = {
+    'clip': ['ours', 'dense', 'open_clip'],
+    'nt_xent': ['ours', 'dense', 'lightly'],
+}
+TORCH = {'open_clip': 'open_clip_torch', 'lightly': 'lightly'}  # variant -> distribution
+COLUMNS = {'seconds': 1, 'cpu_seconds': 1, 'bytes': 2**20}
+
+Call = Callable[[], tuple[float, Any, Any]]  # () -> loss, gradients in both sides
 
 
-def measure(which: str, B: int, D: int, repeats: int) -> dict:
-    """One variant, in this process."""
+def forget_peak() -> bool:
+    """Starts `peak` anew from what is resident now; whether the system can (Linux)."""
+    gc.collect()
+    # What compilation freed goes back to the system: the calls would fill it unseen.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        with open('/proc/self/clear_refs', 'w') as file:
+            file.write('5')
+    except OSError:
+        return False
+    return True
+
+
+def peak() -> int:
+    """The largest number of bytes of this process that were resident since `forget_peak`.
+
+    Elsewhere than on Linux since the start: only what exceeds earlier peaks shows.
+    """
+    with contextlib.suppress(OSError), open('/proc/self/status') as file:
+        for line in file:
+            if line.startswith('VmHWM:'):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def cores() -> int:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return available or 1
+
+
+def jax_call(loss: str, variant: str, a: Any, b: Any) -> Call:
+    os.environ['JAX_PLATFORMS'] = 'cpu'
     import jax
     import jax.numpy as jnp
 
     from contrastive_jax import losses
 
-    def dense(a, b):
-        a, b = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
-        logits = 10.0 * a @ b.T
+    def unit(x):
+        return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+
+    def dense_clip(a, b):
+        logits = unit(a) @ unit(b).T / TEMPERATURE
         images = jax.nn.logsumexp(logits, 1) - jnp.diagonal(logits)
         return (images.mean() + (jax.nn.logsumexp(logits, 0) - jnp.diagonal(logits)).mean()) / 2
 
     def dense_nt_xent(a, b):
-        z = jnp.concatenate([a, b])
-        z = z / jnp.linalg.norm(z, axis=1, keepdims=True)
-        scores = 10.0 * z @ z.T
-        positive = jnp.concatenate([jnp.diagonal(scores, B), jnp.diagonal(scores, -B)])
-        scores = jnp.where(jnp.eye(2 * B, dtype=bool), -jnp.inf, scores)
+        z = unit(jnp.concatenate([a, b]))
+        scores = z @ z.T / TEMPERATURE
+        positive = jnp.concatenate([jnp.diagonal(scores, len(a)), jnp.diagonal(scores, -len(a))])
+        scores = jnp.where(jnp.eye(len(z), dtype=bool), -jnp.inf, scores)
         return (jax.nn.logsumexp(scores, 1) - positive).mean()
 
-    loss = {
-        'ours': lambda a, b: losses.clip(a, b, 10.0),
-        'dense': dense,
-        'ours nt_xent': lambda a, b: losses.nt_xent(a, b, temperature=0.1),
-        'dense nt_xent': dense_nt_xent,
-    }[which]
-    a, b = jax.random.normal(jax.random.key(0), (2, B, D))
-    call = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(a, b).compile()
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    jax.block_until_ready(call(a, b))
-    times = []
-    for _ in range(repeats):
-        t, c = time.perf_counter(), time.process_time()
-        value, _ = jax.block_until_ready(call(a, b))
-        times.append((time.perf_counter() - t, time.process_time() - c))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {'times': times, 'bytes': (peak - base) * 1024, 'value': float(value)}
+    function = {
+        ('clip', 'ours'): lambda a, b: losses.clip(a, b, 1 / TEMPERATURE),
+        ('clip', 'dense'): dense_clip,
+        ('nt_xent', 'ours'): lambda a, b: losses.nt_xent(a, b, temperature=TEMPERATURE),
+        ('nt_xent', 'dense'): dense_nt_xent,
+    }[loss, variant]
+    a, b = jax.device_put((a, b))
+    compiled = jax.jit(jax.value_and_grad(function, (0, 1))).lower(a, b).compile()
+
+    def call() -> tuple[float, Any, Any]:
+        value, (d_a, d_b) = jax.block_until_ready(compiled(a, b))
+        return float(value), d_a, d_b
+
+    return call
+
+
+def torch_call(loss: str, a: Any, b: Any) -> Call:
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch.nn.functional import normalize  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(cores())
+    a, b = (torch.from_numpy(x).requires_grad_() for x in (a, b))
+    if loss == 'clip':
+        from open_clip.loss import ClipLoss  # pyright: ignore[reportMissingImports]
+
+        clip = ClipLoss()
+
+        def function(a, b):
+            return clip(normalize(a), normalize(b), 1 / TEMPERATURE)
+    else:
+        from lightly.loss import NTXentLoss  # pyright: ignore[reportMissingImports]
+
+        function = NTXentLoss(temperature=TEMPERATURE)  # normalises
+
+    def call() -> tuple[float, Any, Any]:
+        a.grad = b.grad = None
+        value = function(a, b)
+        value.backward()
+        return float(value.detach()), a.grad, b.grad
+
+    return call
+
+
+def turn(loss: str, variant: str, B: int, D: int, repeats: int) -> dict[str, Any]:
+    """What one variant takes, in this process, and what its results are known by."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((B, D), np.float32) for _ in range(2))
+    if variant in TORCH:
+        call = torch_call(loss, a, b)
+        packages = ['torch', TORCH[variant]]
+    else:
+        call = jax_call(loss, variant, a, b)
+        packages = ['jax']
+    exact = forget_peak()
+    before = peak()
+    result = call()
+    wall, cpu = [], []
+    while len(wall) < repeats and sum(wall) < SECONDS:
+        del result  # as in training: gone before the next call
+        start = time.perf_counter(), time.process_time()
+        result = call()
+        wall.append(time.perf_counter() - start[0])
+        cpu.append(time.process_time() - start[1])
+    growth = peak() - before
+    value, *gradients = result
+    return {
+        'seconds': statistics.median(wall),
+        'cpu_seconds': statistics.median(cpu),
+        'bytes': growth,
+        'exact': exact,
+        'result': [value, *(float(np.linalg.norm(np.asarray(d))) for d in gradients)],
+        'packages': [f'{p} {importlib.metadata.version(p)}' for p in packages],
+    }
+
+
+def run(loss: str, variant: str, args: argparse.Namespace) -> dict[str, Any]:
+    """`turn` in a process of its own."""
+    python = args.peers if variant in TORCH else sys.executable
+    sizes = f'--pairs={args.pairs}', f'--dimensions={args.dimensions}', f'--repeats={args.repeats}'
+    out = subprocess.run(
+        [python, __file__, *sizes, '--turn', loss, variant], capture_output=True, text=True
+    )
+    if out.returncode:
+        sys.exit(f'{loss}, {variant}: exit code {out.returncode}\n{out.stderr[-2000:]}')
+    return json.loads(out.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--pairs', type=int, default=8192)
     parser.add_argument('--dimensions', type=int, default=512)
-    parser.add_argument('--repeats', type=int, default=3)
-    parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--repeats', type=int, default=3, help='calls a turn, at least 1')
+    parser.add_argument('--rounds', type=int, default=0, help='turns: 3, with --only 1')
     parser.add_argument('--peers', default='', help='a Python that has torch and the peers')
-    parser.add_argument('--only', default='', help='one variant, in this process')
+    parser.add_argument('--loss', choices=[*VARIANTS], help='one loss only')
+    parser.add_argument('--only', choices=['ours', 'dense', *TORCH], help='one variant only')
+    parser.add_argument('--turn', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    size = args.pairs, args.dimensions, args.repeats
-    if args.only and args.rounds == 0:
-        print(json.dumps(measure(args.only, *size)))
+    args.rounds = args.rounds or (1 if args.only else 3)
+    if min(args.pairs, args.dimensions, args.repeats, args.rounds) < 1:
+        parser.error('--pairs, --dimensions, --repeats and --rounds must be at least 1')
+    if args.turn:
+        print(json.dumps(turn(*args.turn, args.pairs, args.dimensions, args.repeats)))
         return
-    variants = ['dense', 'ours', 'dense nt_xent', 'ours nt_xent']
-    if args.peers:
-        variants += ['open_clip', 'lightly nt_xent']
-    if args.only:
-        variants = [args.only]
-    runs: dict[str, list[dict]] = {v: [] for v in variants}
-    for _ in range(args.rounds):
-        for v in variants:
-            if v in ('open_clip', 'lightly nt_xent'):
-                command = [args.peers, '-c', TORCH, *map(str, size), v]
-            else:
-                flags = [f'--pairs={size[0]}', f'--dimensions={size[1]}', f'--repeats={size[2]}']
-                command = [sys.executable, __file__, *flags, '--rounds=0', f'--only={v}']
-            out = subprocess.run(command, capture_output=True, text=True)
-            if out.returncode:
-                sys.exit(f'{v}: {out.stderr[-2000:]}')
-            runs[v].append(json.loads(out.stdout.splitlines()[-1]))
-    print('| variant | seconds | CPU seconds | memory, MiB | seconds, CPU, memory / dense |')
+    variants = [
+        (loss, variant)
+        for loss in ([args.loss] if args.loss else VARIANTS)
+        for variant in VARIANTS[loss]
+        if args.only in (None, variant) and (args.peers or variant not in TORCH)
+    ]
+    if not variants:
+        parser.error('no such variant: open_clip (clip) and lightly (nt_xent) need --peers=PYTHON')
+    runs: dict[tuple[str, str], list[dict]] = {v: [] for v in variants}
+    for i in range(args.rounds):
+        for v in variants[:: 1 - 2 * (i % 2)]:
+            runs[v].append(run(*v, args))
+    check(runs)
+    report(runs, args)
+
+
+def check(runs: dict[tuple[str, str], list[dict]]) -> None:
+    """Exits unless all variants of a loss gave the same loss and the same lengths of gradients."""
+    expected: dict[str, list[float]] = {}
+    for (loss, variant), turns in runs.items():
+        for got in (t['result'] for t in turns):
+            want = expected.setdefault(loss, got)
+            close = functools.partial(math.isclose, rel_tol=1e-4, abs_tol=1e-6)
+            if not all(map(close, got, want)):
+                sys.exit(f'{loss}, {variant}: (loss, |gradients|) is {got}, the first had {want}')
+
+
+def report(runs: dict[tuple[str, str], list[dict]], args: argparse.Namespace) -> None:
+    turns = [t for v in runs.values() for t in v]
+    packages = sorted({p for t in turns for p in t['packages']})
+    print(
+        f'{args.pairs:,} pairs, D = {args.dimensions}, float32, {cores()} cores, '
+        f'turns: {args.rounds}, calls a turn: up to {args.repeats}; {", ".join(packages)}\n'
+    )
+    print('| loss | variant | seconds | CPU seconds | peak memory, MiB |')
     print('|---|---|---|---|---|')
-    found = {}
-    for v in variants:
-        wall, cpu = zip(*[t for r in runs[v] for t in r['times']], strict=True)
-        memory = min(r['bytes'] for r in runs[v])
-        found[v] = statistics.median(wall), statistics.median(cpu), memory
-    for v, (wall, cpu, memory) in found.items():
-        base = found.get('dense nt_xent' if 'nt_xent' in v else 'dense')
-        ratios = ''
-        if base:
-            ratios = ', '.join(
-                f'{x / y:.2f}' for x, y in zip((wall, cpu, memory), base, strict=True)
+    for (loss, variant), mine in runs.items():
+        numbers = [statistics.median(t[c] for t in mine) / unit for c, unit in COLUMNS.items()]
+        print(f'| {loss} | {variant} |', ' | '.join(f'{x:.4g}' for x in numbers), '|')
+    pairs = [(loss, v) for loss, v in runs if v != 'ours' and (loss, 'ours') in runs]
+    if pairs:
+        print('\n| ratio | seconds | CPU seconds | peak memory |')
+        print('|---|---|---|---|')
+    for loss, other in pairs:
+        ratios = [
+            _ratio(
+                [(x[c], y[c]) for x, y in zip(runs[loss, 'ours'], runs[loss, other], strict=True)]
             )
-        print(f'| {v} | {wall:.2f} | {cpu:.2f} | {memory / 2**20:.0f} | {ratios} |')
+            for c in COLUMNS
+        ]
+        print(f'| {loss}: ours / {other} |', ' | '.join(ratios), '|')
+    if not all(t['exact'] for t in turns):
+        print('\nPeak memory here is what exceeds the peak of compilation, so too little.')
+
+
+def _ratio(turns: list[tuple[float, float]]) -> str:
+    """The median of x / y, or a dash where a turn was too short, or grew too little, to tell."""
+    return f'{statistics.median(x / y for x, y in turns):.2f}' if all(y for _, y in turns) else '–'
 
 
 if __name__ == '__main__':

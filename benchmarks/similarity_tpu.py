@@ -1,10 +1,13 @@
-"""What a contrastive loss asks of TPU slices that are not there: memory, compute, collectives.
+"""What a contrastive loss asks of TPUs and GPUs that are not there: memory, compute, collectives.
 
-    pip install -e '.[tpu]' && python benchmarks/similarity_tpu.py [--dense]
+    pip install -e '.[tpu]' && python benchmarks/similarity_tpu.py [--dense] [--topology=v5e:2x4]
+
+For GPUs (h100) it needs XLA's plugin for them, and says how to install it.
 
 Compiles value and gradient ahead of time, on bfloat16 embeddings sharded over the slice, and prints
 a row a case. Compute is in units of 2·N²·D/devices, a product of all scores (for SimCLR N is the
-number of views). `--dense` adds the textbook form `logits = a @ b.T`, where it compiles.
+number of views). `--topology` takes the rows of one slice; `--dense` adds the textbook form
+`logits = a @ b.T`, where it compiles.
 """
 
 import os
@@ -17,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import hlo, losses, parallel
-from contrastive_jax.plan import devices
+from contrastive_jax.chips import devices
 
 RING = {'exchange': 'ring'}
 OURS = {
@@ -36,6 +39,10 @@ CASES = [
     ('v4:2x2x4', 'clip', 2**16, 512),
     ('v5p:2x2x4', 'clip', 2**16, 512),
     ('v6e:4x4', 'clip', 2**16, 512),
+    ('h100:8', 'clip', 2**18, 768),
+    ('h100:8', 'siglip', 2**18, 768),
+    ('h100:8', 'simclr', 2**18, 768),
+    ('h100:4x8', 'clip', 2**20, 768),
 ]
 
 
@@ -49,7 +56,7 @@ def textbook(a: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
 
 
 def row(topology: str, name: str, loss, B: int, D: int) -> str:
-    _, slice_ = devices(topology)
+    chip, slice_ = devices(topology)
     mesh = parallel.make_mesh(slice_)
     with jax.set_mesh(mesh):
         rows, whole = parallel.rows(mesh), parallel.replicated(mesh)
@@ -59,7 +66,7 @@ def row(topology: str, name: str, loss, B: int, D: int) -> str:
             jax.value_and_grad(loss, (0, 1, 2)), out_shardings=(whole, (rows, rows, whole))
         )
         try:
-            compiled = step.lower(x, x, t).compile()
+            compiled = step.lower(x, x, t).compile(compiler_options=chip.options)
         except jax.errors.JaxRuntimeError as error:
             if 'RESOURCE_EXHAUSTED' not in str(error):
                 raise
@@ -77,7 +84,8 @@ def row(topology: str, name: str, loss, B: int, D: int) -> str:
 def main() -> None:
     print('| slice | loss | pairs | D | temporaries a chip, MiB | compute | collectives |')
     print('|---|---|---|---|---|---|---|', flush=True)
-    for topology, name, B, D in CASES:
+    asked = [a.removeprefix('--topology=') for a in sys.argv if a.startswith('--topology=')]
+    for topology, name, B, D in [c for c in CASES if c[0] in asked or not asked]:
         print(row(topology, name, OURS[name], B, D), flush=True)
         if '--dense' in sys.argv and name == 'clip':
             print(row(topology, 'textbook clip', textbook, B, D), flush=True)

@@ -128,6 +128,10 @@ def base() -> Config:
                 'views': 2,
                 # Random-resized crop of the views, with the probability of a flip.
                 'crop': {'scale': (0.08, 1.0), 'interpolation': 'bicubic', 'flip': 0.5},
+                # Multi-crop: further, smaller views of each image, and their share of its area.
+                'local_views': 0,
+                'local_size': 96,
+                'local_scale': (0.05, 0.4),
                 # Evaluators resize the shorter side to image_size / crop_fraction, then crop.
                 'crop_fraction': 1.0,
             },

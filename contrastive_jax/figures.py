@@ -2,7 +2,7 @@
 
 Matplotlib is imported when a figure is drawn, and without pyplot: no global state, no display.
 
-B: images, V: views, H W C.
+B: images, V: views, L: local views, H W C.
 """
 
 import io
@@ -20,7 +20,11 @@ SIDE = 112  # pixels of a view in the grid, about
 
 
 def views_grid(
-    views_BVHWC: np.ndarray, path: Any, names: Sequence[str] | None = None, count: int = 16
+    views_BVHWC: np.ndarray,
+    path: Any,
+    names: Sequence[str] | None = None,
+    count: int = 16,
+    local_BLHWC: np.ndarray | None = None,
 ) -> None:
     """Draws the views of some images, those of one image side by side.
 
@@ -29,20 +33,22 @@ def views_grid(
         path: of the PNG file.
         names: written under the images, one an image.
         count: how many images at most.
+        local_BLHWC: drawn in rows to the right of the image's views, a pixel as large as theirs.
     """
-    views = np.asarray(views_BVHWC)[:count]
-    if views.dtype != np.uint8:
-        views = (np.nan_to_num(views.astype(np.float32)).clip(0, 1) * 255).round().astype(np.uint8)
-    if views.shape[-1] == 1:
-        views = np.repeat(views, 3, -1)
-    B, V, H, W, _ = views.shape
+    views = _uint8(views_BVHWC[:count])
+    local = views[:, :0] if local_BLHWC is None else _uint8(local_BLHWC[:count])
+    (B, V, H, W, _), (_, L, h, w, _) = views.shape, local.shape
     # Small images are enlarged by whole pixels, large ones shrunk.
     scale = max(1, round(SIDE / max(H, W))) if max(H, W) <= 1.5 * SIDE else SIDE / max(H, W)
-    width, height = max(1, round(W * scale)), max(1, round(H * scale))
+    width, height, small_w, small_h = (max(1, round(n * scale)) for n in (W, H, w, h))
     gap, margin, caption = 4, 18, 16 if names is not None else 0
-    columns = _columns(B, V)
+    # As many rows of local views as are about as high as a view.
+    deep = max(1, min(L, round(height / small_h)))
+    across = math.ceil(L / deep)
+    columns = _columns(B, V + across * small_w / width)
     rows = math.ceil(B / columns)
-    cell_w, cell_h = V * width + (V - 1) * gap, height + caption
+    tall = max(height, deep * (small_h + gap) - gap) if L else height
+    cell_w, cell_h = V * (width + gap) + across * (small_w + gap) - gap, tall + caption
     sheet = Image.new(
         'RGB',
         (columns * (cell_w + margin) + margin, rows * (cell_h + margin) + margin),
@@ -55,14 +61,26 @@ def views_grid(
         for v in range(V):
             view = Image.fromarray(views[b, v]).resize((width, height), resample)
             sheet.paste(view, (x + v * (width + gap), y))
+        for k in range(L):
+            view = Image.fromarray(local[b, k]).resize((small_w, small_h), resample)
+            right, down = k % across * (small_w + gap), k // across * (small_h + gap)
+            sheet.paste(view, (x + V * (width + gap) + right, y + down))
         if names is not None:
-            _write(sheet, names[b], x, y + height + 2, cell_w)
+            _write(sheet, names[b], x, y + tall + 2, cell_w)
     buffer = io.BytesIO()
     sheet.save(buffer, 'PNG')
     _save(buffer, path)
 
 
-def _columns(B: int, V: int) -> int:
+def _uint8(views: np.ndarray) -> np.ndarray:
+    """Pixels of any kind as three channels of uint8."""
+    views = np.asarray(views)
+    if views.dtype != np.uint8:
+        views = (np.nan_to_num(views.astype(np.float32)).clip(0, 1) * 255).round().astype(np.uint8)
+    return np.repeat(views, 3, -1) if views.shape[-1] == 1 else views
+
+
+def _columns(B: int, V: float) -> int:
     """How many images side by side: near a square picture, and with a full last row if possible."""
     ideal = math.sqrt(B / V) * 1.2
     return min(range(1, B + 1), key=lambda c: (abs(c - ideal) + 0.6 * (-B % c), -c))

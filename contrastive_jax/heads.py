@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax.config import UserError
+from contrastive_jax.losses.scores import unit
 
 
 class MLP(nn.Module):
@@ -26,6 +27,9 @@ class MLP(nn.Module):
         batch_norm: BatchNorm in the hidden layers.
         last_batch_norm: BatchNorm after the last Linear too, with a scale and no bias, as
             SimCLR's published code does.
+        last_scale: whether that last BatchNorm has its scale; MoCo v3's and SimSiam's have none.
+        last_bias: whether the last Linear has a bias, if no BatchNorm follows it.
+        activation: 'relu' or 'gelu' (DINO).
 
     Raises:
         UserError: (when called) a number below 1.
@@ -36,6 +40,9 @@ class MLP(nn.Module):
     layers: int = 2
     batch_norm: bool = True
     last_batch_norm: bool = False
+    last_scale: bool = True
+    last_bias: bool = True
+    activation: str = 'relu'
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -47,16 +54,67 @@ class MLP(nn.Module):
         for i in range(1, self.layers + 1):
             last = i == self.layers
             norm = self.last_batch_norm if last else self.batch_norm
-            x = nn.Dense(self.out if last else self.hidden, use_bias=not norm, name=f'linear{i}')(x)
+            bias = not norm and (self.last_bias or not last)
+            x = nn.Dense(self.out if last else self.hidden, use_bias=bias, name=f'linear{i}')(x)
             if norm:
                 x = nn.BatchNorm(
                     use_running_average=not train,
                     momentum=0.9,
                     epsilon=1e-5,
                     use_bias=not last,
+                    use_scale=not last or self.last_scale,
                     use_fast_variance=False,  # E[x²] − E[x]² cancels
                     name=f'norm{i}',
                 )(x)
             if not last:
-                x = nn.relu(x)
+                x = nn.relu(x) if self.activation == 'relu' else nn.gelu(x)
         return x
+
+
+class Prototypes(nn.Module):
+    """Cosines to K learned directions: SwAV's prototypes (Caron et al. 2020, section 3.1) and the
+    last layer of DINO's head, whose weight norm has its length fixed at 1 (Caron et al. 2021).
+
+    Attributes:
+        count: K.
+    """
+
+    count: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, D] -> [B, K], float32, in [-1, 1]."""
+        del train
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.count))
+        return unit(x) @ unit(kernel.T).T
+
+
+class DINOHead(nn.Module):
+    """DINO's projection head (Caron et al. 2021, arXiv:2104.14294, section 3.1 and appendix C).
+
+    Attributes:
+        prototypes: K, dimensions that the softmax is over.
+        hidden: width of the MLP.
+        bottleneck: dimensions in which the prototypes lie.
+        layers: of the MLP.
+        batch_norm: in the MLP; the authors use it with convolutional encoders' SGD recipes alone.
+    """
+
+    prototypes: int
+    hidden: int = 2048
+    bottleneck: int = 256
+    layers: int = 3
+    batch_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, D] -> [B, K], float32, in [-1, 1]."""
+        mlp = MLP(
+            self.hidden,
+            self.bottleneck,
+            layers=self.layers,
+            batch_norm=self.batch_norm,
+            activation='gelu',
+            name='mlp',
+        )
+        return Prototypes(self.prototypes, name='last')(mlp(x, train), train)

@@ -21,6 +21,8 @@ COLLECTIVES = (
 )
 # These only name or rearrange what is there already, or hand over to computations of their own.
 FREE = (
+    'async-start',
+    'async-update',
     'bitcast',
     'call',
     'conditional',
@@ -77,6 +79,17 @@ class Collective(NamedTuple):
     bytes: float  # that arrive on a device
 
 
+class Visit(NamedTuple):
+    """An instruction where it is run."""
+
+    siblings: dict[str, Instruction]  # all of its computation
+    instruction: Instruction
+    times: int  # how often it runs
+    fused: bool  # within a fusion
+    asynchronous: bool  # within a computation that an `async-start` runs
+    unread: bool = False  # a loop whose number of turns cannot be read, a second time
+
+
 class Costs(NamedTuple):
     """What one execution costs a device."""
 
@@ -101,22 +114,25 @@ def costs(text: str) -> Costs:
     flops = traffic = 0.0
     unread = 0
     found: dict[tuple[str, bool], tuple[int, float]] = {}
-    for siblings, instruction, times, fused, loop in _walk(computations, entry):
-        if loop:
+    for visit in _walk(computations, entry):
+        instruction, times = visit.instruction, visit.times
+        if visit.unread:
             unread += 1
             continue
-        flops += times * _flops(instruction, siblings)
+        flops += times * _flops(instruction, visit.siblings)
         op = instruction.op.removesuffix('-start')
         if op in COLLECTIVES:
-            asynchronous = instruction.op.endswith('-start')
-            arrived = _arriving(op, asynchronous, instruction)
-            count, size = found.get((op, asynchronous), (0, 0.0))
-            found[op, asynchronous] = count + times, size + times * arrived
-        if not fused and instruction.op not in FREE and not instruction.op.endswith('-done'):
-            fusion = re.search(r'calls=%?([\w.\-]+)', instruction.text)
-            body = computations.get(fusion.group(1), {}) if fusion else {}
-            inside = {i.op for i in body.values()} or {instruction.op}
-            traffic += times * _traffic(instruction, siblings, inside)
+            # A GPU's compiler writes all of them as starts, and notes for which ones it waits.
+            waits = op == instruction.op or '"is_sync":true' in instruction.text
+            kind = op, visit.asynchronous or not waits
+            count, size = found.get(kind, (0, 0.0))
+            found[kind] = count + times, size + times * _arriving(op, instruction)
+        if visit.fused or instruction.op in FREE or instruction.op.endswith('-done'):
+            continue
+        fusion = re.search(r'calls=%?([\w.\-]+)', instruction.text)
+        body = computations.get(fusion.group(1), {}) if fusion else {}
+        inside = {i.op for i in body.values()} or {instruction.op}
+        traffic += times * _traffic(instruction, visit.siblings, inside)
     listed = [Collective(*key, *value) for key, value in sorted(found.items())]
     return Costs(flops, traffic, listed, unread)
 
@@ -162,31 +178,31 @@ def _closing(text: str, depth: int) -> int:
     return len(text)
 
 
-def _walk(
-    computations: dict[str, Computation], entry: str
-) -> Iterator[tuple[Computation, Instruction, int, bool, bool]]:
-    """(computation, instruction, how often it runs, whether in a fusion, whether a loop unread)."""
-    pending = [(entry, 1, False)]
+def _walk(computations: dict[str, Computation], entry: str) -> Iterator[Visit]:
+    """Every instruction that runs."""
+    pending = [(entry, 1, False, False)]
     while pending:
-        name, times, fused = pending.pop()
+        name, times, fused, split = pending.pop()
         for instruction in computations[name].values():
-            yield computations[name], instruction, times, fused, False
+            visit = Visit(computations[name], instruction, times, fused, split)
+            yield visit
             called = dict(_CALLED.findall(instruction.text))
             if instruction.op == 'while':
                 turns = _turns(instruction, called, computations)
                 if turns is None:
-                    yield computations[name], instruction, times, fused, True
+                    yield visit._replace(unread=True)
                 body = called['body'].lstrip('%')
-                pending.append((body, times * (1 if turns is None else turns), fused))
+                pending.append((body, times * (1 if turns is None else turns), fused, split))
                 continue
+            inside = fused or instruction.op == 'fusion'
+            later = split or instruction.op == 'async-start'
             for kind, names in called.items():
                 # The function of a reduction is scalar, and runs within it.
                 if kind == 'to_apply' and instruction.op != 'call':
                     continue
-                inside = fused or instruction.op == 'fusion'
                 for target in re.findall(r'[\w.\-]+', names):
                     if target in computations:
-                        pending.append((target, times, inside))
+                        pending.append((target, times, inside, later))
 
 
 def _turns(
@@ -207,21 +223,36 @@ def _turns(
 
 
 def _flops(instruction: Instruction, siblings: Computation) -> float:
-    """Two a multiply-add of a dot or a convolution, 0 for all else."""
-    if instruction.op not in ('dot', 'convolution'):
+    """Two a multiply-add of a dot or a convolution, those of a GPU's libraries too; else 0."""
+    text = instruction.text
+    library = re.search(r'custom_call_target="__(cublas|cudnn)\$(\w+)', text)
+    if library is None and instruction.op not in ('dot', 'convolution'):
         return 0.0
-    out = instruction.shapes[0].size
-    left, right = (siblings[name].shapes[0] for name in instruction.operands[:2])
-    if instruction.op == 'dot':
-        match = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.text)
-        dims = [int(d) for d in match.group(1).split(',') if d] if match else []
-        return 2.0 * out * math.prod(left.dims[d] for d in dims)
-    labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.text)
+    out = instruction.shapes[0]
+    operands = [siblings[name].shapes[0] for name in instruction.operands if name in siblings]
+    dims = r'"?lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)[}\]]'
+    if contracted := re.search(dims, text):
+        found = [int(d) for d in re.findall(r'\d+', contracted.group(1))]
+        return 2.0 * out.size * math.prod(operands[0].dims[d] for d in found)
+    if 'dim_labels=' not in text or len(operands) < 2:
+        return 0.0
+    left, right = operands[:2]
+    # cuDNN's gradients are labelled as the convolution that they are the gradients of.
+    gradient = library.group(2) if library else ''
+    if gradient.startswith('convBackwardInput'):
+        left, out = out, left
+    elif gradient.startswith('convBackwardFilter'):
+        right, out = out, right
+    return _convolution(text, left, right, out)
+
+
+def _convolution(text: str, left: Shape, right: Shape, out: Shape) -> float:
+    labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', text)
     if labels is None:
         return 0.0
     of_left, of_right, of_out = labels.groups()
-    window = dict(re.findall(r'(\w+)=([\w\-]+)', _attribute(instruction.text, 'window')))
-    groups = re.search(r'batch_group_count=(\d+)', instruction.text)
+    window = dict(re.findall(r'(\w+)=([\w\-]+)', _attribute(text, 'window')))
+    groups = re.search(r'batch_group_count=(\d+)', text)
     total = 2.0 * left.dims[of_left.index('b')] / (int(groups.group(1)) if groups else 1)
     total *= right.dims[of_right.index('i')] * right.dims[of_right.index('o')]
     for d in sorted(c for c in of_left if c.isdigit()):
@@ -230,9 +261,9 @@ def _flops(instruction: Instruction, siblings: Computation) -> float:
             return int(window[name].split('x')[int(d)]) if name in window else default
 
         before = int(window['pad'].split('x')[int(d)].split('_')[0]) if 'pad' in window else 0
-        total *= _taps(
+        total *= taps(
             left.dims[of_left.index(d)],
-            instruction.shapes[0].dims[of_out.index(d)],
+            out.dims[of_out.index(d)],
             of('size', 1),
             of('stride', 1),
             before,
@@ -243,7 +274,7 @@ def _flops(instruction: Instruction, siblings: Computation) -> float:
 
 
 @functools.cache
-def _taps(n: int, out: int, size: int, stride: int, pad: int, spread: int, step: int) -> int:
+def taps(n: int, out: int, size: int, stride: int, pad: int, spread: int, step: int) -> int:
     """How many products along one dimension meet an element, not padding or a hole.
 
     XLA writes a batched product as a convolution over the batch in which almost all taps miss.
@@ -261,10 +292,10 @@ def _attribute(text: str, name: str) -> str:
     return found.group(1) if found else ''
 
 
-def _arriving(op: str, asynchronous: bool, instruction: Instruction) -> float:
+def _arriving(op: str, instruction: Instruction) -> float:
     """Bytes that a device gets from others, as a ring would bring them."""
     shapes = instruction.shapes
-    if asynchronous and op in ('all-gather', 'collective-permute'):
+    if instruction.op.endswith('-start') and op != 'all-reduce':
         # (operands, results, and what the hardware notes down)
         arrays = [s for s in shapes if s.dims or s.dtype not in ('u32', 's32')]
         shapes = arrays[len(arrays) // 2 :]
@@ -274,6 +305,11 @@ def _arriving(op: str, asynchronous: bool, instruction: Instruction) -> float:
         n = int(sizes.group(2))
     elif first := re.search(r'replica_groups=\{\{([\d,]+)\}', text):
         n = len(first.group(1).split(','))
+    elif axes := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', text):
+        # Named axes, of which 'a':(2)4 is a part of size 4.
+        size = dict(re.findall(r"'(\w+)'=(\d+)", axes.group(1)))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes.group(2))
+        n = math.prod(int(part or size[name]) for name, part in parts)
     else:
         return result
     share = {
@@ -293,9 +329,11 @@ def _traffic(instruction: Instruction, siblings: Computation, inside: set[str]) 
         siblings: its computation's instructions.
         inside: the ops of the fusion that it is, or its own.
 
-    A slice reads, and an update in place writes, its part alone; so does a fusion around one.
+    A slice reads, and an update in place writes, its part alone; so does a fusion around one. What
+    cuBLAS and cuDNN return besides their result is room to work in.
     """
-    result = sum(s.bytes for s in instruction.shapes)
+    library = re.search(r'custom_call_target="__cu', instruction.text)
+    result = sum(s.bytes for s in (instruction.shapes[:1] if library else instruction.shapes))
     operands = [
         sum(s.bytes for s in siblings[name].shapes)
         for name in instruction.operands

@@ -10,30 +10,52 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def keep(params: Tree, extra: Tree, step: jax.Array) -> Tree:
+Encode = Callable[[Tree, Tree, Batch], dict[str, jax.Array]]
+
+
+def keep(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
     """The `after` of a method whose `extra` changes in `loss` alone."""
-    del params, step
+    del params, progress
     return extra
+
+
+class Refresh(NamedTuple):
+    """What a method does between epochs with embeddings of the whole training split.
+
+    Attributes:
+        embed: `(params, extra, batch) -> {'features': [B, D]}`, as `Method.encode`.
+        update: `(extra, embeddings_ND, key, progress) -> extra`, jitted. Row i is record i of the
+            split; the rows are sharded over the mesh's first axis. Those of unusable records, and
+            at the end those of padding, are zeros.
+    """
+
+    embed: Encode
+    update: Callable[..., Tree]
 
 
 class Method(NamedTuple):
     """A self-supervised method. Trainer, sharding and checkpoints know nothing else of it.
 
     `extra` is whatever must survive a restart beside the parameters: BatchNorm statistics, a
-    target network, a queue and its cursor, prototypes. Nobody but the method looks inside.
+    target network, a queue, prototypes. Nobody but the method looks inside. `progress` is a
+    float32 scalar, the share of the run's steps that are done: schedules are written in it.
 
     Attributes:
-        init: `(key, batch) -> (params, extra)`; run abstractly for shapes, and under jit.
-        loss: `(params, extra, batch, key, step) -> (loss, (extra, metrics))`: the scalar loss,
+        init: `(key, batch, records) -> (params, extra)`; run abstractly for shapes, and under jit.
+            `records` is the number of training records, an int.
+        loss: `(params, extra, batch, key, progress) -> (loss, (extra, metrics))`: the scalar loss,
             differentiated in `params` alone. `batch['views']` is [B, V, H, W, 3] float, augmented
-            and normalised; `batch['label']` and `batch['index']` are [B] int32. B is the global
-            batch: write single-device mathematics.
+            and normalised, and `batch['local_views']` [B, L, h, w, 3] too where the config asks
+            for some; `batch['label']` and `batch['index']`, the record's number, are [B] int32. B
+            is the global batch: write single-device mathematics.
         encode: `(params, extra, batch) -> {'features': [B, D], ...}` from `batch['image']`
             [B, H, W, 3] float, normalised: all that evaluators and export see.
-        after: `(params, extra, step) -> extra`, in the jitted step after the optimiser.
+        after: `(params, extra, progress) -> extra`, in the jitted step after the optimiser.
+        refresh: None, or what happens after every epoch.
     """
 
-    init: Callable[[jax.Array, Batch], tuple[Tree, Tree]]
+    init: Callable[[jax.Array, Batch, int], tuple[Tree, Tree]]
     loss: Callable[..., tuple[jax.Array, tuple[Tree, Metrics]]]
-    encode: Callable[[Tree, Tree, Batch], dict[str, jax.Array]]
+    encode: Encode
     after: Callable[[Tree, Tree, jax.Array], Tree] = keep
+    refresh: Refresh | None = None

@@ -1,6 +1,8 @@
-"""Optimisers and the learning-rate schedule, from optax."""
+"""Optimisers and the schedules of learning rate and weight decay, from optax."""
 
 import inspect
+import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,11 +12,15 @@ import optax
 
 from contrastive_jax.config import UserError, choose, unknown
 
+Decay = float | optax.Schedule
+
 WHERE = 'config.optim'
 INFINITY = float('inf')
 RANGES = {
     'learning_rate': (0, INFINITY),
     'weight_decay': (0, INFINITY),
+    'final_weight_decay': (0, INFINITY),
+    'layer_decay': (0, 1),
     'warmup': (0, 1),
     'final_fraction': (0, 1),
     'clip_norm': (0, INFINITY),
@@ -26,6 +32,12 @@ RANGES = {
     'total_steps': (1, INFINITY),
     'batch_size': (1, INFINITY),
 }
+SCALINGS: Mapping[str, Callable[[int], float]] = {  # of the learning rate, by the batch size
+    'linear': lambda batch_size: batch_size / 256,  # Goyal et al. 2017, arXiv:1706.02677
+    'sqrt': lambda batch_size: math.sqrt(batch_size / 1024),  # DINOv2
+}
+BLOCK = re.compile(r'(?:stage(\d+)_)?block(\d+)')
+BEFORE_BLOCKS = re.compile(r'stem.*|(?:.*_)?(?:embedding|token)')
 
 
 def decayed(params: Any) -> Any:
@@ -48,6 +60,79 @@ def decayed(params: Any) -> Any:
         return len(shape) >= 2 and getattr(path[-1], 'key', '') != 'position_embedding'
 
     return jax.tree_util.tree_map_with_path(rule, params)
+
+
+def layer_factors(params: Any, decay: float) -> Any:
+    """What layer-wise decay multiplies the learning rate of each parameter by.
+
+    A module whose parts are named block0, block1, ... (or stage1_block0, ...) has layers: in a
+    stack of L blocks the last one has decay, the first one decay^L, and what lies before them in
+    the same module (stem..., ..._embedding, ..._token) decay^(L + 1). All else is after the
+    blocks, or has none, and keeps its rate.
+
+    Args:
+        params: a tree of arrays.
+        decay: in [0, 1].
+
+    Returns:
+        A tree of floats of the same structure.
+
+    Raises:
+        UserError: no blocks are found.
+
+    Source: BEiT (Bao et al. 2022, arXiv:2106.08254) after ELECTRA (Clark et al. 2020); DINOv2.
+    """
+
+    def names(path: tuple) -> tuple[str, ...]:
+        return tuple(str(getattr(entry, 'key', entry)) for entry in path)
+
+    def place(name: str) -> tuple[int, int] | None:
+        match = BLOCK.fullmatch(name)
+        return (int(match[1] or 0), int(match[2])) if match else None
+
+    stacks: dict[tuple[str, ...], set[tuple[int, int]]] = {}  # module -> its blocks
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        parts = names(path)
+        for i, name in enumerate(parts):
+            if block := place(name):
+                stacks.setdefault(parts[:i], set()).add(block)
+    if not stacks:
+        raise UserError(f'{WHERE}.layer_decay: got {decay}, but the parameters have no blocks.')
+
+    def factor(path: tuple, _: Any) -> float:
+        parts = names(path)
+        for i, name in enumerate(parts):
+            blocks = sorted(stacks.get(parts[:i], ()))
+            if blocks and (block := place(name)):
+                return decay ** (len(blocks) - blocks.index(block))
+            if blocks and BEFORE_BLOCKS.fullmatch(name):
+                return decay ** (len(blocks) + 1)
+        return 1.0
+
+    return jax.tree_util.tree_map_with_path(factor, params)
+
+
+def _scale_layers(decay: float) -> optax.GradientTransformation:
+    """Multiplies every update, weight decay included, by its parameter's `layer_factors`."""
+
+    def scale(updates: Any, params: Any) -> Any:
+        del params
+        return jax.tree.map(lambda u, factor: u * factor, updates, layer_factors(updates, decay))
+
+    return optax.stateless(scale)
+
+
+def cosine_between(start: float, end: float, total_steps: int) -> optax.Schedule:
+    """Half a cosine from `start` at step 0 to `end` at `total_steps`; it stays there.
+
+    DINO's weight decay (Caron et al. 2021, arXiv:2104.14294): from 0.04 to 0.4.
+    """
+
+    def schedule(step: Any) -> jax.Array:
+        progress = jnp.clip(jnp.asarray(step, jnp.float32) / total_steps, 0.0, 1.0)
+        return end + (start - end) * (1.0 + jnp.cos(jnp.pi * progress)) / 2.0
+
+    return schedule
 
 
 def warmup_cosine(
@@ -79,7 +164,7 @@ def warmup_cosine(
 
 def _adamw(
     rate: optax.Schedule,
-    weight_decay: float,
+    weight_decay: Decay,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -89,7 +174,7 @@ def _adamw(
 
 
 def _sgd(
-    rate: optax.Schedule, weight_decay: float, momentum: float = 0.9
+    rate: optax.Schedule, weight_decay: Decay, momentum: float = 0.9
 ) -> optax.GradientTransformation:
     """SGD with heavy-ball momentum and L2 decay added to the gradient, as torch's."""
     return optax.chain(
@@ -99,7 +184,7 @@ def _sgd(
 
 def _lars(
     rate: optax.Schedule,
-    weight_decay: float,
+    weight_decay: Decay,
     momentum: float = 0.9,
     trust_coefficient: float = 0.001,
 ) -> optax.GradientTransformation:
@@ -116,7 +201,7 @@ def _lars(
 
 def _lamb(
     rate: optax.Schedule,
-    weight_decay: float,
+    weight_decay: Decay,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
@@ -149,7 +234,10 @@ def make(
     learning_rate: float,
     total_steps: int,
     batch_size: int,
+    scaling: str = 'linear',
     weight_decay: float = 0.0,
+    final_weight_decay: float | None = None,
+    layer_decay: float = 1.0,
     warmup: float = 0.0,
     final_fraction: float = 0.0,
     clip_norm: float = 0.0,
@@ -159,12 +247,18 @@ def make(
 
     Args:
         name: 'adamw', 'sgd', 'lars' or 'lamb'.
-        learning_rate: for 256 samples; the peak is learning_rate * batch_size / 256 (Goyal et al.
-            2017, arXiv:1706.02677). Not negative.
+        learning_rate: for the batch size that `scaling` refers to. Not negative.
         total_steps: optimiser steps of the whole run, at least 1.
         batch_size: the global batch: samples (not views) in one optimiser step, over all devices
             and accumulated micro-batches.
+        scaling: 'linear': the peak is learning_rate * batch_size / 256 (Goyal et al. 2017,
+            arXiv:1706.02677); 'sqrt': learning_rate * √(batch_size / 1024) (DINOv2, Oquab et al.
+            2024, arXiv:2304.07193).
         weight_decay: at least 0; which parameters take it: `decayed`.
+        final_weight_decay: at least 0; the weight decay goes there by half a cosine over
+            total_steps (DINO: from 0.04 to 0.4). None: it is constant.
+        layer_decay: in [0, 1]; every layer below the top learns at this share of the rate of the
+            one above it, see `layer_factors`. 1: all alike.
         warmup: fraction of total_steps in [0, 1] (see `warmup_cosine`).
         final_fraction: learning rate at the end over its peak, in [0, 1].
         clip_norm: gradients are scaled down to this global norm before the optimiser; 0: never.
@@ -175,29 +269,40 @@ def make(
         The transformation, whose update needs the params, and the schedule: step -> learning rate.
 
     Raises:
-        UserError: an unknown name or option, or a value outside its range.
+        UserError: an unknown name or option, or a value outside its range; (when updating) a
+            layer_decay for parameters without blocks.
     """
     optimiser = choose('optimiser', name, OPTIMISERS, WHERE)
     shared = {
         'learning_rate': learning_rate,
         'weight_decay': weight_decay,
+        'final_weight_decay': final_weight_decay,
+        'layer_decay': layer_decay,
         'warmup': warmup,
         'final_fraction': final_fraction,
         'clip_norm': clip_norm,
     }
+    scale = choose('scaling', scaling, SCALINGS, WHERE)
     own = list(inspect.signature(optimiser).parameters)[2:]
     for key in options:
         if key not in own:
-            raise unknown(f'key for {name}', key, [*own, *shared], WHERE)
+            raise unknown(f'key for {name}', key, [*own, *shared, 'scaling'], WHERE)
     steps = {'total_steps': total_steps, 'batch_size': batch_size}
     for key, value in (shared | options | steps).items():
+        if key == 'final_weight_decay' and value is None:
+            continue
         low, high = RANGES[key]
         if not low <= value <= high or value == INFINITY:
             upper = '' if high == INFINITY else f' and at most {high:g}'
             where = f'{WHERE}.{key}' if key not in steps else f'config.{key}'
             raise UserError(f'{where}: got {value}; expected a number of at least {low:g}{upper}.')
-    schedule = warmup_cosine(learning_rate * batch_size / 256, total_steps, warmup, final_fraction)
-    transformation = optimiser(schedule, weight_decay, **options)
+    schedule = warmup_cosine(learning_rate * scale(batch_size), total_steps, warmup, final_fraction)
+    decay: Decay = weight_decay
+    if final_weight_decay is not None:
+        decay = cosine_between(weight_decay, final_weight_decay, total_steps)
+    transformation = optimiser(schedule, decay, **options)
+    if layer_decay != 1:
+        transformation = optax.chain(transformation, _scale_layers(layer_decay))
     if clip_norm:
         transformation = optax.chain(optax.clip_by_global_norm(clip_norm), transformation)
     return transformation, schedule

@@ -4,7 +4,8 @@ Compiles a config's real training step for hardware that is not there, and says 
 memory against the chip's, collectives, FLOPs and a roofline of the time. Where it does not fit, the
 knobs that could help are tried, one compilation each. `--json` prints one object as the last line.
 
-Needs `libtpu` (the [tpu] extra), but no TPU.
+Needs XLA's compiler for the chips, but no chip: see `chips.devices`. A TPU's compiler spends most
+of its time trying out tilings of products; here it does so with `--tuned` alone.
 """
 
 import json
@@ -14,87 +15,36 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
+from contrastive_jax import chips
 from contrastive_jax import main as cli
-from contrastive_jax.config import Config, UserError, choose
+from contrastive_jax.chips import GiB
+from contrastive_jax.config import Config, UserError
 
-TOPOLOGY = flags.DEFINE_string('topology', '', 'Chips and their grid: v5e:4x8, v4:2x2x4, v6e:8x8.')
+TOPOLOGY = flags.DEFINE_string(
+    'topology', '', 'Chips and their grid, v5e:4x8 or v4:2x2x4; h100:4x8 are 4 nodes of 8 GPUs.'
+)
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object as the last line.')
+TUNED = flags.DEFINE_bool('tuned', False, 'Compile for a TPU with all effort, as a run does.')
 IMAGES = flags.DEFINE_integer('images', 0, 'Images of an epoch, if the data is not at hand.')
 
-GiB = 2**30
-
-
-class Chip(NamedTuple):
-    """A device as XLA sees it.
-
-    Peak bfloat16 FLOP/s, memory in bytes, its bandwidth and the interconnect's in one direction
-    (all links together) in bytes/s, links; of https://cloud.google.com/tpu/docs (2026).
-    """
-
-    kind: str  # libtpu's name
-    flops: float
-    memory: float
-    memory_rate: float
-    link_rate: float
-    links: int
-    one_device: bool = False  # whether a chip's two cores must be asked for as one device
-
-
-# v5e's memory as its compiler states it; a 7x chip is two devices.
-CHIPS = {
-    'v4': Chip('v4', 275e12, 32 * GiB, 1.2e12, 300e9, 6, True),
-    'v5e': Chip('v5e', 197e12, 15.75 * GiB, 0.819e12, 200e9, 4),
-    'v5p': Chip('v5p', 459e12, 95 * GiB, 2.765e12, 600e9, 6),
-    'v6e': Chip('v6e', 918e12, 31.25 * GiB, 1.638e12, 400e9, 4),
-    '7x': Chip('tpu7x', 1153e12, 94.75 * GiB, 3.69e12, 300e9, 6),
-}
 # Training images of data sets that configs name and that need not be here to plan.
 IMAGES_OF = {'tfds:cifar10': 50_000, 'tfds:imagenet2012': 1_281_167}
+# Two blocks of ViT-S on v5e:4x8 compile in 36 s instead of 156, to temporaries 1 % larger.
+QUICK = {'exec_time_optimization_effort': -1.0}
 
 
-def devices(topology: str) -> tuple[Chip, list[Any]]:
-    """The chip and the devices of a slice such as 'v5e:4x8'.
-
-    Raises:
-        UserError: an unknown chip or grid; libtpu is not installed.
-    """
-    kind, _, grid = topology.partition(':')
-    chip = choose('chip', kind, CHIPS, '--topology')
-    if not re.fullmatch(r'\d+(x\d+){1,2}', grid):
-        raise UserError(f"--topology: got {topology!r}; expected a grid, as in '{kind}:2x4'.")
-    # Read when libtpu is loaded; it would otherwise look for the TPU of this machine, and its lock.
-    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-    os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-    os.environ.setdefault('TPU_STDERR_LOG_LEVEL', '3')
-    from jax.experimental import topologies
-
-    options: dict[str, Any] = {}
-    if chip.one_device:
-        options = {'chip_config_name': 'megacore', 'chips_per_host_bounds': (2, 2, 1)}
-    try:
-        found = topologies.get_topology_desc(
-            platform='tpu', topology_name=f'{chip.kind}:{grid}', **options
-        )
-    except Exception as error:  # XlaRuntimeError and, without libtpu, several others
-        if 'libtpu' in str(error).lower() and 'INVALID' not in str(error):
-            raise UserError(
-                "plan: compiling for a TPU needs libtpu: pip install 'contrastive-jax[tpu]'"
-            ) from error
-        raise UserError(f'--topology: {topology!r}: {str(error).splitlines()[0]}') from error
-    return chip, list(found.devices)
-
-
-def plan(config: Config, topology: str, images: int) -> dict[str, Any]:
+def plan(config: Config, topology: str, images: int, tuned: bool = False) -> dict[str, Any]:
     """Compiles the step of a config for a slice, without running it.
 
     Args:
         config: as for `train.run`.
-        topology: see `devices`.
+        topology: see `chips.devices`.
         images: of an epoch.
+        tuned: whether a TPU's compiler works as hard as for a run.
 
     Returns:
         What `report` prints: bytes and FLOPs are of one device, `model_flops` and
@@ -108,7 +58,8 @@ def plan(config: Config, topology: str, images: int) -> dict[str, Any]:
     from contrastive_jax import hlo, parallel
     from contrastive_jax import program as programs
 
-    chip, slice_ = devices(topology)
+    chip, slice_ = chips.devices(topology)
+    options = chip.options or (None if tuned else QUICK)
     mesh = parallel.make_mesh(slice_)
     with jax.set_mesh(mesh):
         program = programs.build(config, mesh, images)
@@ -116,9 +67,11 @@ def plan(config: Config, topology: str, images: int) -> dict[str, Any]:
             leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
             for leaf in jax.tree.leaves(program.state)
         )
+        traced = model = program.step.trace(program.state, program.batch)
         # What the model costs, without what is computed twice to save memory.
         plain = _changed(config, {'microbatch': 0, 'remat': False})
-        traced = programs.build(plain, mesh, images).step.trace(program.state, program.batch)
+        if plain != config:
+            model = programs.build(plain, mesh, images).step.trace(program.state, program.batch)
         result: dict[str, Any] = {
             'topology': topology,
             'devices': mesh.size,
@@ -128,16 +81,14 @@ def plan(config: Config, topology: str, images: int) -> dict[str, Any]:
             'total_steps': program.total_steps,
             'state_bytes': state_bytes,
             'hbm_bytes': chip.memory,
-            'model_flops': jaxpr_flops(traced.jaxpr.jaxpr),
+            'model_flops': jaxpr_flops(model.jaxpr.jaxpr, 'cuda' if chip.target else 'tpu'),
         }
         try:
-            compiled = program.step.lower(program.state, program.batch).compile()
+            compiled = traced.lower().compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            if 'RESOURCE_EXHAUSTED' not in str(error) or 'hbm' not in str(error):
+            if 'RESOURCE_EXHAUSTED' not in str(error) or 'hbm' not in str(error).lower():
                 raise
-            used = re.search(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm', str(error))
-            needs = float(used.group(1)) * 1024.0 ** ' KMGT'.index(used.group(2)) if used else None
-            return result | {'fits': False, 'needed_bytes': needs}
+            return result | {'fits': False, 'needed_bytes': said_to_need(str(error), state_bytes)}
     memory: Any = compiled.memory_analysis()
     needed = (
         memory.argument_size_in_bytes
@@ -147,14 +98,10 @@ def plan(config: Config, topology: str, images: int) -> dict[str, Any]:
         + memory.generated_code_size_in_bytes
     )
     costs = hlo.costs(compiled.as_text() or '')
-    link = chip.link_rate / chip.links
     seconds = {
         'compute': costs.flops / chip.flops,
         'memory': costs.bytes / chip.memory_rate,
-        'collectives': sum(
-            c.bytes / (link if c.op == 'collective-permute' else chip.link_rate)
-            for c in costs.collectives
-        ),
+        'collectives': sum(c.bytes / chip.rate(c.op, slice_) for c in costs.collectives),
     }
     step = max(seconds['compute'], seconds['memory']) + seconds['collectives']
     return result | {
@@ -172,13 +119,26 @@ def plan(config: Config, topology: str, images: int) -> dict[str, Any]:
     }
 
 
-def remedies(config: Config, topology: str, images: int) -> list[tuple[str, dict[str, Any]]]:
+def said_to_need(error: str, state_bytes: float) -> float | None:
+    """Bytes that a TPU's compiler says a program would need that it does not compile."""
+    size = r'([\d.]+)([KMGT])'
+    found = re.search(rf'Used {size} of .* hbm', error)
+    temporaries = re.search(rf'HLO temporaries \({size}\)', error)
+    if match := found or temporaries:
+        said = float(match.group(1)) * 1024.0 ** ' KMGT'.index(match.group(2))
+        return said if found else said + state_bytes
+    return None
+
+
+def remedies(
+    config: Config, topology: str, images: int, tuned: bool = False
+) -> list[tuple[str, dict[str, Any]]]:
     """For every knob the first setting that makes a config fit, or the last one, with its plan."""
     from contrastive_jax import parallel
 
     B = config.batch_size
     halves = [2**k for k in range(1, 11)]
-    mesh = parallel.make_mesh(devices(topology)[1])
+    mesh = parallel.make_mesh(chips.devices(topology)[1])
 
     def possible(setting: dict[str, Any]) -> bool:
         c = _changed(config, setting)
@@ -201,19 +161,27 @@ def remedies(config: Config, topology: str, images: int) -> list[tuple[str, dict
         for setting in settings:
             name = ' '.join(f'--config.{k}={v}' for k, v in setting.items())
             print(f'trying {name} ...', file=sys.stderr, flush=True)
-            tried = plan(_changed(config, setting), topology, images)
+            tried = plan(_changed(config, setting), topology, images, tuned)
             if tried['fits'] or setting is settings[-1]:
                 found.append((name, tried))
                 break
     return found
 
 
-def jaxpr_flops(jaxpr: Any) -> float:
+def jaxpr_flops(jaxpr: Any, platform: str = 'cpu') -> float:
     """FLOPs of a traced program's matrix products and convolutions, loops counted in full.
 
-    Two a multiply-add. Of a conditional the dearest branch counts, of a `while` one turn; what
-    `shard_map` runs on every device counts as often.
+    Two a multiply-add. Of a conditional the dearest branch counts, or the one for the platform (as
+    `jax.lax.platform_dependent` names them), of a `while` one turn; what `shard_map` runs on every
+    device counts as often. What no result needs does not count.
     """
+    from jax.interpreters import partial_eval
+
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _flops(needed, platform)
+
+
+def _flops(jaxpr: Any, platform: str) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
@@ -223,20 +191,40 @@ def jaxpr_flops(jaxpr: Any) -> float:
             total += 2.0 * eqn.outvars[0].aval.size * math.prod(left[d] for d in contracted)
             continue
         if name == 'conv_general_dilated':
-            kernel = eqn.invars[1].aval
-            outputs = kernel.shape[params['dimension_numbers'].rhs_spec[0]]
-            holes = math.prod(params['lhs_dilation'])  # of a strided convolution's gradient
-            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / outputs / holes
+            total += _convolution_flops(eqn)
             continue
-        inner = [jaxpr_flops(j) for j in _subprograms(params)]
+        inner = [_flops(j, platform) for j in _subprograms(params)]
         if name == 'cond':
-            total += max(inner, default=0.0)
+            kinds = params.get('branches_platforms') or ()
+            here = [f for f, k in zip(inner, kinds, strict=False) if k is None or platform in k]
+            total += here[0] if here else max(inner, default=0.0)
         elif name == 'scan':
             total += params['length'] * sum(inner)
         elif name == 'shard_map':
             total += params['mesh'].size * sum(inner)
         else:
             total += sum(inner)
+    return total
+
+
+def _convolution_flops(eqn: Any) -> float:
+    """As many as without what meets padding or the holes of a strided one's gradient."""
+    from contrastive_jax import hlo
+
+    p = eqn.params
+    left, right = (v.aval.shape for v in eqn.invars)
+    (batch, _, *places), (outputs, inputs, *window), (_, _, *results) = p['dimension_numbers']
+    total = 2.0 * left[batch] / p['batch_group_count'] * right[outputs] * right[inputs]
+    for d, place in enumerate(places):
+        total *= hlo.taps(
+            left[place],
+            eqn.outvars[0].aval.shape[results[d]],
+            right[window[d]],
+            p['window_strides'][d],
+            p['padding'][d][0],
+            p['lhs_dilation'][d],
+            p['rhs_dilation'][d],
+        )
     return total
 
 
@@ -318,11 +306,11 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault('TPU_LOG_DIR', tempfile.gettempdir())
     config, topology = cli.CONFIG.value, TOPOLOGY.value
     images = _images(config)
-    result = plan(config, topology, images)
+    result = plan(config, topology, images, TUNED.value)
     print(report(result), flush=True)
     if not result['fits']:
         result['remedies'] = {}
-        for name, tried in remedies(config, topology, images):
+        for name, tried in remedies(config, topology, images, TUNED.value):
             print(f'\nwith {name}\n{report(tried)}', flush=True)
             result['remedies'][name] = tried
     if JSON.value:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from contrastive_jax import augment, models, optim, parallel
 from contrastive_jax import config as config_lib
 from contrastive_jax.config import Config, UserError
-from contrastive_jax.method import Method
+from contrastive_jax.method import Batch, Method
 from contrastive_jax.state import TrainState, make_init, make_step
 
 
@@ -18,7 +18,7 @@ class Program(NamedTuple):
 
     method: Method
     schedule: Callable[[int], jax.Array]
-    augment: Callable[[jax.Array, jax.Array], jax.Array]
+    augment: Callable[[jax.Array, Batch], Batch]  # in a step: views from uint8 to float
     total_steps: int
     batch: dict[str, jax.ShapeDtypeStruct]  # of one step
     init: Callable[[], TrainState]
@@ -42,7 +42,13 @@ def build(config: Config, mesh: jax.sharding.Mesh, images: int) -> Program:
         model = models.Microbatched(model, size // config.accumulate // config.microbatch)
     method = config_lib.build('methods', config.method, 'config.method', model)
     pictures = augment.make(
-        config.augment.to_dict(), views=d.views, image_size=d.image_size, mean=d.mean, std=d.std
+        config.augment.to_dict(),
+        views=d.views,
+        image_size=d.image_size,
+        mean=d.mean,
+        std=d.std,
+        local_views=d.local_views,
+        local_size=d.local_size,
     )
     total_steps = config.total_steps or round(config.total_epochs * images / size)
     if total_steps < 1:
@@ -54,14 +60,19 @@ def build(config: Config, mesh: jax.sharding.Mesh, images: int) -> Program:
         optim.make, 'config.optim', **config.optim, total_steps=total_steps, batch_size=size
     )
     split = parallel.rows(mesh)
-    views = (d.views, d.image_size, d.image_size, 3)
+    shapes = {'views': (d.views, d.image_size, d.image_size, 3)}
+    if d.local_views:
+        shapes['local_views'] = (d.local_views, d.local_size, d.local_size, 3)
 
     def batch(rows: int, pixels: Any) -> dict[str, jax.ShapeDtypeStruct]:
         integer = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split)
-        images = jax.ShapeDtypeStruct((rows, *views), pixels, sharding=split)
-        return {'views': images, 'label': integer, 'index': integer}
+        found = {
+            name: jax.ShapeDtypeStruct((rows, *shape), pixels, sharding=split)
+            for name, shape in shapes.items()
+        }
+        return {**found, 'label': integer, 'index': integer}
 
-    make = make_init(method, tx, config.seed)
+    make = make_init(method, tx, config.seed, images)
 
     def init() -> TrainState:
         return make({k: jnp.zeros(v.shape, v.dtype) for k, v in batch(1, jnp.float32).items()})
@@ -69,7 +80,7 @@ def build(config: Config, mesh: jax.sharding.Mesh, images: int) -> Program:
     state = parallel.lay_out(mesh, jax.eval_shape(init), config.fsdp)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
-        make_step(method, tx, pictures, config.seed, config.accumulate),
+        make_step(method, tx, pictures, config.seed, total_steps, config.accumulate),
         donate_argnums=0,
         in_shardings=(shardings, split),
         out_shardings=(shardings, parallel.replicated(mesh)),

@@ -23,13 +23,20 @@ class TrainState(NamedTuple):
 
 
 def make_init(
-    method: Method, tx: optax.GradientTransformation, seed: int
+    method: Method, tx: optax.GradientTransformation, seed: int, records: int
 ) -> Callable[[Batch], TrainState]:
-    """`init(batch) -> TrainState`, to be jitted (two leaves of a state must not alias)."""
+    """`init(batch) -> TrainState`, to be jitted (two leaves of a state must not alias).
+
+    Args:
+        method: gives parameters and its own state.
+        tx: the optimiser.
+        seed: of the parameters.
+        records: in the training split.
+    """
 
     def init(batch: Batch) -> TrainState:
         # A stream of its own: steps fold their number into key(seed).
-        params, extra = method.init(jax.random.key(seed ^ 0x5EED), batch)
+        params, extra = method.init(jax.random.key(seed ^ 0x5EED), batch, records)
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), extra)
 
     return init
@@ -38,8 +45,9 @@ def make_init(
 def make_step(
     method: Method,
     tx: optax.GradientTransformation,
-    augment: Callable[[jax.Array, jax.Array], jax.Array],
+    augment: Callable[[jax.Array, Batch], Batch],
     seed: int,
+    total_steps: int,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
@@ -47,24 +55,26 @@ def make_step(
     Args:
         method: gives the loss.
         tx: the optimiser.
-        augment: `(key, views [B, V, H, W, 3] uint8) -> float`, over the whole global batch.
+        augment: `(key, batch) -> batch`: views from uint8 to float, over the whole global batch.
         seed: of augmentation and of whatever the loss draws.
+        total_steps: of the whole run, what `progress` is a share of.
         accumulate: the batch is cut into this many micro-batches whose gradients are averaged.
             Each micro-batch has its own loss (its own negatives, its own BatchNorm statistics).
     """
 
-    def gradient(params: Tree, extra: Tree, batch: Batch, key: jax.Array, step: jax.Array):
+    def gradient(params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array):
         grad = jax.value_and_grad(method.loss, has_aux=True)
-        (loss, (extra, metrics)), grads = grad(params, extra, batch, key, step)
+        (loss, (extra, metrics)), grads = grad(params, extra, batch, key, progress)
         return grads, extra, {'loss': loss, **metrics}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         augment_key, loss_key = jax.random.split(
             jax.random.fold_in(jax.random.key(seed), state.step)
         )
-        batch = {**batch, 'views': augment(augment_key, batch['views'])}
+        batch = augment(augment_key, batch)
+        progress = state.step.astype(jnp.float32) / total_steps
         if accumulate == 1:
-            grads, extra, metrics = gradient(state.params, state.extra, batch, loss_key, state.step)
+            grads, extra, metrics = gradient(state.params, state.extra, batch, loss_key, progress)
         else:
             # Row i goes to micro-batch i % accumulate, so that each keeps its rows spread over
             # the devices as they are and nothing moves.
@@ -75,7 +85,7 @@ def make_step(
 
             def body(carry: tuple[Tree, Tree], part: tuple[Batch, jax.Array]):
                 grads, extra = carry
-                more, extra, metrics = gradient(state.params, extra, *part, state.step)
+                more, extra, metrics = gradient(state.params, extra, *part, progress)
                 return (jax.tree.map(jnp.add, grads, more), extra), metrics
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -84,7 +94,7 @@ def make_step(
             metrics = jax.tree.map(lambda m: m.mean(0), metrics)
         updates, opt = tx.update(grads, state.opt, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        extra = method.after(params, extra, state.step)
+        extra = method.after(params, extra, progress)
         metrics = {**metrics, 'grad_norm': optax.global_norm(grads)}
         return TrainState(state.step + 1, params, opt, extra), metrics
 

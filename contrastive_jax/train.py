@@ -34,7 +34,7 @@ from contrastive_jax import config as config_lib
 from contrastive_jax import metrics as records
 from contrastive_jax.config import Config, UserError, build
 from contrastive_jax.data import pipeline
-from contrastive_jax.method import Method
+from contrastive_jax.method import Encode
 from contrastive_jax.state import TrainState
 
 PIXELS = 'pixels_'  # prefix of the raw-pixel baseline's metric names
@@ -128,6 +128,7 @@ def _train(
 
     progress = records.Progress(start, parts.program.total_steps, config.batch_size)
     values: dict[str, float] = {}
+    refresh, images = _refresh(config, parts, mesh), len(parts.splits['train'])
     with _Stop() as stop:
         pending: list[tuple[int, Any, np.ndarray]] = []
         step = start
@@ -156,8 +157,10 @@ def _train(
                 logging.info(progress.line(values, parts.bad.count))
                 writer.write(step, values)
             with progress.pause():
+                if refresh and step * config.batch_size % images < config.batch_size:
+                    state = refresh(state)
                 if step == 1:
-                    _draw_views(config, workdir, parts, batch['views'])
+                    _draw_views(config, workdir, parts, batch)
                 if evaluate:
                     values = _evaluate(config, parts, mesh, state)
                     writer.write(step, values)
@@ -183,9 +186,39 @@ def _iterator(config: Config, parts: Parts) -> pipeline.BatchIterator:
         crop=d.crop.to_dict(),
         seed=config.seed,
         bad=parts.bad,
+        local_views=d.local_views,
+        local_size=d.local_size,
+        local_scale=d.local_scale,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def _refresh(
+    config: Config, parts: Parts, mesh: jax.sharding.Mesh
+) -> Callable[[TrainState], TrainState] | None:
+    """What a method does after an epoch with the embeddings of the training split, or None.
+
+    It depends on the state alone, so a continued run repeats it with the same bits.
+    """
+    method, shapes = parts.program.method, parts.program.state
+    if method.refresh is None:
+        return None
+    embed, update = method.refresh
+    shardings = jax.tree.map(lambda x: x.sharding, shapes.extra)
+    update = jax.jit(update, donate_argnums=0, out_shardings=shardings)
+
+    def refresh(state: TrainState) -> TrainState:
+        start = time.monotonic()
+        embeddings = _encoder(config, parts, mesh, state, embed).features('train').x_ND
+        key = jax.random.fold_in(jax.random.key(config.seed ^ 0xE57E9), state.step)
+        progress = state.step / parts.program.total_steps
+        extra = update(state.extra, embeddings, key, progress)
+        jax.block_until_ready(extra)
+        logging.info('step %d: refreshed (%.1f s)', int(state.step), time.monotonic() - start)
+        return state._replace(extra=extra)
+
+    return refresh
 
 
 def _evaluate_only(
@@ -228,15 +261,20 @@ def load(workdir: str) -> tuple[Parts, evals.Encoder]:
 
 
 def _encoder(
-    config: Config, parts: Parts, mesh: jax.sharding.Mesh, state: TrainState | None
+    config: Config,
+    parts: Parts,
+    mesh: jax.sharding.Mesh,
+    state: TrainState | None,
+    how: Encode | None = None,
 ) -> evals.Encoder:
-    """A state's encoder, or with None the raw pixels, as evaluators see it."""
+    """A state's encoder (by `how`, or the method's own), or without a state the raw pixels."""
     d = config.data
 
     if state is None:
         encode = functools.partial(_pixels, tuple(d.mean), tuple(d.std))
     else:
-        forward = _forward(parts.program.method, tuple(d.mean), tuple(d.std), parallel.rows(mesh))
+        how = how or parts.program.method.encode
+        forward = _forward(how, tuple(d.mean), tuple(d.std), parallel.rows(mesh))
         encode = functools.partial(forward, state.params, state.extra)
 
     def batches(name: str) -> Iterator[dict[str, np.ndarray]]:
@@ -285,12 +323,12 @@ def _pixels(mean: tuple, std: tuple, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=2)
-def _forward(method: Method, mean: tuple, std: tuple, split: Any) -> Callable:
+def _forward(encode: Encode, mean: tuple, std: tuple, split: Any) -> Callable:
     """`(params, extra, batch of uint8 images) -> features`, compiled once for all evaluations."""
 
     def forward(params: Any, extra: Any, batch: dict[str, jax.Array]) -> jax.Array:
         images = augment.normalize(batch['image'], mean, std)
-        return method.encode(params, extra, {'image': images})['features']
+        return encode(params, extra, {'image': images})['features']
 
     return jax.jit(forward, out_shardings=split)  # state and batch lie as they are
 
@@ -318,14 +356,16 @@ def _check(
     return values
 
 
-def _draw_views(config: Config, workdir: str, parts: Parts, views: np.ndarray) -> None:
+def _draw_views(config: Config, workdir: str, parts: Parts, batch: dict[str, np.ndarray]) -> None:
     """views.png: what the encoder is shown of the first images."""
     if jax.process_index() == 0:
-        some = jax.device_put(views[:16], jax.local_devices()[0])
+        some = jax.device_put({k: v[:16] for k, v in batch.items()}, jax.local_devices()[0])
         with jax.set_mesh(parallel.make_mesh(jax.local_devices()[:1])):
-            shown = np.asarray(jax.jit(parts.program.augment)(jax.random.key(config.seed), some))
-        shown = shown * np.array(config.data.std) + np.array(config.data.mean)
-        figures.views_grid(shown, epath.Path(workdir) / 'views.png')
+            floats = jax.jit(parts.program.augment)(jax.random.key(config.seed), some)
+        mean, std = np.array(config.data.mean), np.array(config.data.std)
+        shown = {k: np.asarray(v) * std + mean for k, v in floats.items() if k.endswith('views')}
+        path = epath.Path(workdir) / 'views.png'
+        figures.views_grid(shown['views'], path, local_BLHWC=shown.get('local_views'))
 
 
 def _draw_curves(workdir: str) -> None:

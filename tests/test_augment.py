@@ -50,7 +50,7 @@ def compiled(spec, views: int, image_size: int, **moments):
     name = repr((list(spec.items()), views, image_size, moments))
     if name not in COMPILED:
         make = augment.make(spec, views=views, image_size=image_size, **moments)
-        COMPILED[name] = jax.jit(make)
+        COMPILED[name] = jax.jit(lambda key, x: make(key, {'views': x})['views'])
     return COMPILED[name]
 
 
@@ -400,9 +400,9 @@ def test_errors_of_moments_and_views():
         augment.normalize(batch(1), (0, 0, 0), (1, 1, 0))
     apply = augment.make({}, views=2, image_size=S, **UNIT)
     with pytest.raises(UserError, match=r'expected views uint8.*got uint8\[1, 3, 16, 16, 3\]'):
-        apply(jax.random.key(0), jnp.asarray(batch(1, 3)))
+        apply(jax.random.key(0), {'views': jnp.asarray(batch(1, 3))})
     with pytest.raises(UserError, match='got float32'):
-        apply(jax.random.key(0), jnp.asarray(batch(1), jnp.float32))
+        apply(jax.random.key(0), {'views': jnp.asarray(batch(1), jnp.float32)})
 
 
 def test_default_kernel_is_a_tenth_of_the_side():

@@ -135,6 +135,79 @@ def test_state_resumes_the_stream_for_any_threads_and_processes():
         next(fresh)
 
 
+LOCAL = {'local_views': 3, 'local_size': 4}
+
+
+class Coordinates(Counting):
+    """Pictures in which red is the column and green the row, 0 to 199."""
+
+    def __getitem__(self, index):
+        row, column = np.mgrid[:200, :200].astype(np.uint8)
+        return {'image': np.stack([column, row, 0 * row], -1), 'label': 0}
+
+
+def test_local_views_are_drawn_after_the_others():
+    source = data.open_splits({'source': 'digits'})['train']
+    without, batches = take(train(source), 3), take(train(source, **LOCAL), 3)
+    for batch in batches:
+        assert batch['local_views'].shape == (8, 3, 4, 4, 3)
+        assert batch['local_views'].dtype == np.uint8
+    assert_equal(without, [{k: b[k] for k in without[0]} for b in batches])
+    local = np.concatenate([b['local_views'] for b in batches]).reshape(72, -1)
+    assert len(np.unique(local, axis=0)) > 65
+
+
+def test_local_views_are_of_smaller_areas():
+    batch = next(train(Coordinates(64), batch_size=64, image_size=64, **LOCAL | {'local_size': 32}))
+    shares = {}
+    for name in ('views', 'local_views'):
+        x = batch[name].reshape(-1, *batch[name].shape[2:]).astype(np.float64)
+        side = x.shape[1]
+        # Centres of pixels are (side - 1) / side of the crop's width and height apart.
+        width, height = (np.ptp(x[..., c], axis=(1, 2)) / (side - 1) * side / 200 for c in (0, 1))
+        shares[name] = width * height
+        assert np.all((width / height > 0.72) & (width / height < 1.39))
+    # Of 192 draws from U[0.05, 0.4], to within the rounding of colours and boxes.
+    assert 0.045 < shares['local_views'].min() < 0.075
+    assert 0.37 < shares['local_views'].max() < 0.42
+    assert abs(shares['local_views'].mean() - 0.225) < 0.03
+    assert shares['views'].max() > 0.8
+
+
+def test_local_views_resume_and_are_the_same_on_any_processes():
+    source = data.open_splits({'source': 'digits'})['train']
+    iterator = train(source, **LOCAL)
+    take(iterator, 3)
+    saved = json.loads(json.dumps(iterator.get_state()))
+    expected = take(iterator, 3)
+    fresh = train(source, threads=0, **LOCAL)
+    fresh.set_state(saved)
+    assert_equal(expected, take(fresh, 3))
+    halves = [train(source, process_index=p, process_count=2, **LOCAL) for p in range(2)]
+    for half in halves:
+        half.set_state(saved)
+    assert_equal(expected, joined(*(take(half, 3) for half in halves)))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'local_views': -1}, r'config.data.local_views: got -1, expected at least 0'),
+        ({'local_size': 0}, r'config.data.local_size: got 0, expected at least 1'),
+        (
+            {'local_scale': (0.0, 0.4)},
+            r'config.data.local_scale: got \(0.0, 0.4\), expected 0 < low',
+        ),
+        ({'local_scale': (0.4, 1.1)}, r'config.data.local_scale: .*high <= 1.0'),
+        ({'local_scale': (0.4, 0.2)}, r'config.data.local_scale: got \(0.4, 0.2\)'),
+        ({'local_scale': (0.4,)}, r'config.data.local_scale: got \(0.4\), expected'),
+    ],
+)
+def test_local_views_that_cannot_be(changes, message):
+    with pytest.raises(UserError, match=message):
+        train(Counting(20), **{**LOCAL, **changes})
+
+
 def test_iterator_is_saved_and_restored_in_an_orbax_composite(tmp_path):
     source = Counting(20)
     iterator = train(source)

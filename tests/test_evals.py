@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from contrastive_jax import evals, logistic, parallel
 from contrastive_jax.config import UserError
-from contrastive_jax.evals import knn, linear
+from contrastive_jax.evals import collapse, knn, linear
 
 CLASSES = 5
 
@@ -332,3 +332,31 @@ def test_wrong_options_are_refused():
     ]:
         with pytest.raises(UserError, match=key):
             make(**{key: value})
+
+
+# --- collapse ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_collapse_is_the_formula(devices):
+    x, label = blobs(3, 100)
+    splits = {'train': (x, label), 'test': (x[:77], label[:77])}
+    found = dict(collapse.make()(encoder(splits, devices)))
+    x = x[:77].astype(np.float64)
+    z = x / np.linalg.norm(x, axis=1, keepdims=True)
+    assert found['std'] == pytest.approx(z.std(0).mean() * np.sqrt(12), rel=1e-4)
+    share = np.linalg.svd(x, compute_uv=False)
+    share /= share.sum()
+    assert found['rank'] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-2)
+
+
+def test_collapse_at_its_ends():
+    even = np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32)
+    one = np.ones((64, 16), np.float32)
+    label = np.zeros(4000, np.int32)
+    spread = dict(collapse.make()(encoder({'train': (even, label)}, devices=8)))
+    gone = dict(collapse.make()(encoder({'train': (one, label[:64])}, devices=8)))
+    assert spread['std'] == pytest.approx(1, abs=0.02)
+    assert spread['rank'] > 15.9
+    assert gone['std'] == pytest.approx(0, abs=1e-3)
+    assert gone['rank'] == pytest.approx(1, abs=0.05)

@@ -146,11 +146,13 @@ def sup_con_oracle(log):
     return oracle
 
 
-def n_pair_oracle(xp, anchor, positive):
+def n_pair_oracle(xp, anchor, positive, labels=None):
     scores = anchor @ positive.T
     own = np.eye(len(anchor), dtype=bool)
+    labels = np.arange(len(anchor)) if labels is None else labels
+    counts = own | (labels[:, None] != labels[None])
     correct = xp.where(own, scores, 0.0).sum(1)
-    softmax = log_mean_exp(xp, scores, np.ones_like(own)) + np.log(len(anchor))
+    softmax = log_mean_exp(xp, scores, counts) + np.log(counts.sum(1))
     penalty = (anchor**2).sum(1) + (positive**2).sum(1)
     return (softmax - correct).mean() + 0.02 * penalty.mean()
 
@@ -232,6 +234,11 @@ CASES = {
         lambda rng, B, D: pairs(rng, B, D),
         n_pair_oracle,
         lambda a, p, **how: losses.n_pair(a, p, l2=0.02, **how),
+    ),
+    'n_pair_labels': (
+        lambda rng, B, D: (*pairs(rng, B, D), labelled(rng, B, D)[1]),
+        n_pair_oracle,
+        lambda a, p, labels, **how: losses.n_pair(a, p, labels, l2=0.02, **how),
     ),
     'max_margin_mahalanobis': (
         lambda rng, B, D: (

@@ -154,6 +154,22 @@ def test_views_are_side_by_side_and_enlarged_exactly(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['views.png']
 
 
+def test_local_views_are_to_the_right_and_as_enlarged(tmp_path):
+    rng = np.random.default_rng(0)
+    views = rng.integers(0, 256, (2, 2, 8, 8, 3), dtype=np.uint8)
+    local = rng.integers(0, 256, (2, 3, 4, 4, 3), dtype=np.uint8)
+    path = tmp_path / 'views.png'
+    figures.views_grid(views, path, ['a', 'b'], local_BLHWC=local)
+    sheet = np.asarray(Image.open(path))
+    # 4 pixels become 56: two rows, beside two views of 112 and their gaps of 4.
+    left = 18 + 2 * 116
+    for k, (x, y) in enumerate([(left, 18), (left + 60, 18), (left, 78)]):
+        tile = sheet[y : y + 56, x : x + 56]
+        np.testing.assert_array_equal(tile, local[0, k].repeat(14, 0).repeat(14, 1))
+    np.testing.assert_array_equal(sheet[18:130:14, 18:130:14], views[0, 0])
+    assert (sheet[78:134, left + 60 : left + 116] == 255).all()
+
+
 @pytest.mark.parametrize(
     ('shape', 'names'),
     [((16, 2, 32, 32, 3), True), ((3, 2, 224, 160, 3), True), ((1, 1, 5, 9, 1), False)],

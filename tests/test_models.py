@@ -30,16 +30,16 @@ jit = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 @partial(jit, static_argnums=0)
-def init(module, x):
-    return models.init(module, jax.random.key(0), x)
+def init(module, x, **inputs):
+    return models.init(module, jax.random.key(0), x, **inputs)
 
 
 @partial(jit, static_argnums=(0, 4))
-def apply(module, params, stats, x, train):
-    return models.apply(module, params, stats, x, train)
+def apply(module, params, stats, x, train, **inputs):
+    return models.apply(module, params, stats, x, train, **inputs)
 
 
-def drawn(module, x):
+def drawn(module, x, **inputs):
     """(params, stats) of the module's structure, all of them random: no zeros, no ones."""
     rng = np.random.default_rng(1)
 
@@ -49,7 +49,7 @@ def drawn(module, x):
             return np.float32(v / np.sqrt(np.prod(like.shape[:-1])))
         return np.float32((path[-1].key in ('scale', 'var')) + 0.2 * v.clip(-2, 2))
 
-    structure = jax.eval_shape(partial(models.init, module), jax.random.key(0), x)
+    structure = jax.eval_shape(partial(models.init, module), jax.random.key(0), x, **inputs)
     return jax.tree_util.tree_map_with_path(draw, structure)
 
 
@@ -149,10 +149,7 @@ def test_positions_tell_patches_apart_and_not_cls():
     for module in (learned, vit.make(**TINY_VIT)):
         (_, extra), _ = apply(module, params, {}, x, False)
         assert len(np.unique(np.round(extra['patches'][0], 5), axis=0)) == 4
-    bare = vit.ViT(
-        width=16, depth=0, heads=2, hidden=64, patch=4, pool='cls', position='sincos2d',
-        remat=False, dtype=jnp.float32,
-    )  # fmt: skip
+    bare = vit.make(**TINY_VIT).clone(depth=0)
     params['cls_token'] = jnp.arange(16.0)[None, None]
     (features, extra), _ = apply(bare, params, {}, x, False)
     layer_norm = lambda v: (v - v.mean(-1, keepdims=True)) / v.std(-1, keepdims=True)  # noqa: E731
@@ -160,8 +157,11 @@ def test_positions_tell_patches_apart_and_not_cls():
     np.testing.assert_allclose(extra['patches'][0], layer_norm(vit.sincos2d(2, 2, 16)), atol=1e-5)
 
 
-def vit_oracle(params, image, patch, heads):
-    """One image through the paper's equations 1 to 4, token by token, in float64."""
+def vit_oracle(params, image, patch, heads, mask=None, factor=lambda block, branch: 1.0):
+    """One image through the paper's equations 1 to 4, token by token, in float64.
+
+    mask: of its patches; factor: of what a block's first and second branch add.
+    """
     p = jax.tree.map(lambda v: np.asarray(v, np.float64), params)
 
     def norm(name, v, at=p):
@@ -179,6 +179,8 @@ def vit_oracle(params, image, patch, heads):
     ]
     x = dense('patch_embedding', np.stack(cut))
     width = x.shape[-1]
+    for i in np.flatnonzero(mask if mask is not None else []):
+        x[i] = p['mask_token'][0, 0]
     x = x + vit.sincos2d(height // patch, wide // patch, width)
     x = np.concatenate([p['cls_token'][0], x])
     for i in range(sum(k.startswith('block') for k in p)):
@@ -190,20 +192,29 @@ def vit_oracle(params, image, patch, heads):
             at = slice(h * size, (h + 1) * size)
             score = np.exp(q[:, at] @ k[:, at].T / np.sqrt(size))
             mixed.append(score / score.sum(-1, keepdims=True) @ v[:, at])
-        x = x + dense('out', np.concatenate(mixed, -1), b['attention'])
+        out = dense('out', np.concatenate(mixed, -1), b['attention'])
+        x = x + factor(i, 0) * b.get('layer_scale1', 1.0) * out
         y = dense('mlp1', norm('norm2', x, b), b)
         y = y / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
-        x = x + dense('mlp2', y, b)
+        x = x + factor(i, 1) * b.get('layer_scale2', 1.0) * dense('mlp2', y, b)
     return norm('norm', x)
 
 
-def test_vit_is_the_papers():
-    module = vit.make(**TINY_VIT | {'depth': 2})
+@pytest.mark.parametrize(('scale', 'frozen', 'masked'), [(None, False, False), (0.1, True, True)])
+def test_vit_is_the_papers(scale, frozen, masked):
+    module = vit.make(**TINY_VIT | {'depth': 2}, layer_scale=scale, freeze_patch_embedding=frozen)
     x = images(2, 8, 12, 3)
-    params, _ = drawn(module, x)
-    (features, extra), _ = apply(module, params, {}, x, True)
+    mask = np.array([[True, False, False, True, False, True], [False] * 5 + [True]])
+    inputs = {'mask': jnp.asarray(mask)} if masked else {}
+    params, stats = drawn(module, x, **inputs)
+    assert ('mask_token' in params) == masked
+    assert ('layer_scale1' in params['block1']) == (scale is not None)
+    assert sorted(stats) == ['patch_embedding'] * frozen
+    (features, extra), new = apply(module, params, stats, x, True, **inputs)
+    jax.tree.map(np.testing.assert_array_equal, new, stats)
     for i in range(2):
-        want = vit_oracle(params, np.asarray(x[i], np.float64), 4, 2)
+        image = np.asarray(x[i], np.float64)
+        want = vit_oracle({**params, **stats}, image, 4, 2, mask[i] if masked else None)
         np.testing.assert_allclose(features[i], want[0], atol=1e-4)
         np.testing.assert_allclose(extra['cls'][i], want[0], atol=1e-4)
         np.testing.assert_allclose(extra['patches'][i], want[1:], atol=1e-4)
@@ -223,6 +234,113 @@ def test_vit_initialisation():
         assert 0.97 * bound < float(jnp.abs(kernel).max()) <= bound
         np.testing.assert_allclose(kernel.std(), bound / np.sqrt(3), rtol=0.05)
     assert not any(p.any() for k, p in leaves(params) if k[-1].key == 'bias')
+    module = vit.make(**TINY_VIT, layer_scale=0.25, freeze_patch_embedding=True)
+    params, stats = init(module, images(1, 8, 8, 3), mask=jnp.ones((1, 4), bool))
+    assert params['mask_token'].shape == (1, 1, 16)
+    assert not params['mask_token'].any()
+    for name in ('layer_scale1', 'layer_scale2'):
+        np.testing.assert_array_equal(params['block0'][name], np.full(16, np.float32(0.25)))
+    bound = np.sqrt(6 / (4 * 4 * 3 + 16))
+    assert 'patch_embedding' not in params
+    assert 0.9 * bound < float(jnp.abs(stats['patch_embedding']['kernel']).max()) <= bound
+
+
+def test_masked_patches_are_not_seen():
+    """What lies under the mask changes nothing, and its token learns; the rest is as without."""
+    module = vit.make(**TINY_VIT)
+    x, mask = images(2, 8, 8, 3), jnp.asarray([[True, False, False, True], [False] * 4])
+    params, _ = drawn(module, x, mask=mask)
+    (_, seen), _ = apply(module, params, {}, x, True, mask=mask)
+    hidden = x.at[0, :4, :4].set(9.0).at[0, 4:, 4:].set(-9.0)
+    (_, same), _ = apply(module, params, {}, hidden, True, mask=mask)
+    np.testing.assert_array_equal(seen['patches'], same['patches'])
+    (_, other), _ = apply(module, params, {}, x.at[0, 0, 4].set(9.0), True, mask=mask)
+    assert float(jnp.abs(seen['patches'][0] - other['patches'][0]).min()) > 0
+    (_, unmasked), _ = apply(module, params, {}, x, True)
+    np.testing.assert_allclose(seen['patches'][1], unmasked['patches'][1], atol=1e-6)
+
+    @jit
+    def gradient(params, x):
+        loss = lambda p, x: jnp.sin(models.apply(module, p, {}, x, True, mask=mask)[0][0]).sum()  # noqa: E731
+        return jax.grad(loss, (0, 1))(params, x)
+
+    d_params, d_x = gradient(params, x)
+    assert float(jnp.abs(d_params['mask_token']).max()) > 1e-3
+    patches = d_x.reshape(2, 2, 4, 2, 4, 3).swapaxes(2, 3).reshape(2, 4, -1)
+    np.testing.assert_array_equal(jnp.abs(patches).max(-1) == 0, mask)
+    for wrong in (jnp.ones((2, 5), bool), jnp.ones((2, 4))):
+        with pytest.raises(ValueError, match=r'expected a mask bool\[2, 4\]'):
+            models.apply(module, params, {}, x, True, mask=wrong)
+
+
+def test_drop_path_drops_branches_and_keeps_the_expectation():
+    """Each image's output is one of those that the oracle has; how often, is as the rates say."""
+    module = vit.make(**TINY_VIT | {'depth': 3}, drop_path=0.5)
+    x, batch = images(1, 8, 8, 3), 512
+    params, _ = drawn(module, x)
+    rates = np.repeat([0.0, 0.25, 0.5], 2).reshape(3, 2)
+    image = np.asarray(x[0], np.float64)
+    combinations = np.array(list(np.ndindex(1, 1, 2, 2, 2, 2))).reshape(-1, 3, 2)
+    combinations[:, 0] = 1  # the first block is never left out
+    wants = np.stack([
+        vit_oracle(params, image, 4, 2, factor=lambda i, j, c=c: c[i, j] / (1 - rates[i, j]))[0]
+        for c in combinations
+    ])  # fmt: skip
+    many = jnp.repeat(x, batch, axis=0)
+    (features, _), _ = apply(module, params, {}, many, True, key=jax.random.key(4))
+    distance = np.abs(np.asarray(features)[:, None] - wants[None]).max(-1)
+    assert distance.min(1).max() < 1e-4
+    assert np.sort(distance, 1)[:, 1].min() > 1e-2
+    kept = combinations[distance.argmin(1)]
+    np.testing.assert_allclose(kept.mean(0), 1 - rates, atol=4 * 0.5 / np.sqrt(batch))
+    correlation = np.corrcoef(kept[:, 1:].reshape(batch, 4).T) - np.eye(4)
+    assert np.abs(correlation).max() < 4 / np.sqrt(batch)
+    # All of it in evaluation, whether there is a key or not; other keys draw otherwise.
+    (plain, _), _ = apply(module, params, {}, x, False)
+    np.testing.assert_allclose(plain[0], vit_oracle(params, image, 4, 2)[0], atol=1e-4)
+    (keyed, _), _ = apply(module, params, {}, x, False, key=jax.random.key(4))
+    np.testing.assert_array_equal(keyed, plain)
+    (other, _), _ = apply(module, params, {}, many, True, key=jax.random.key(5))
+    assert not np.array_equal(other, features)
+    (teacher, _), _ = apply(module, params, {}, x, True)  # no key, nothing dropped
+    np.testing.assert_array_equal(teacher, plain)
+
+
+def keys(t: float) -> float:
+    """The cubic kernel of Keys 1981 with a = −1/2."""
+    t = abs(t)
+    if t < 1:
+        return 1.5 * t**3 - 2.5 * t**2 + 1
+    return -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2 if t < 2 else 0.0
+
+
+def test_learned_positions_on_another_grid():
+    table = np.random.default_rng(0).normal(size=(1, 17, 3)).astype(np.float32)
+    grid = table[0, 1:].reshape(4, 4, 3).astype(np.float64)
+    for rows, columns in ((3, 3), (2, 7), (6, 6)):
+        got = vit.resample(jnp.asarray(table), rows, columns, True)
+        assert got.shape == (1, 1 + rows * columns, 3)
+        np.testing.assert_array_equal(got[0, 0], table[0, 0])
+        for r in range(rows):
+            for c in range(columns):
+                down = [keys((r + 0.5) * 4 / rows - 0.5 - i) for i in range(4)]
+                across = [keys((c + 0.5) * 4 / columns - 0.5 - i) for i in range(4)]
+                weights = np.outer(down, across) / (sum(down) * sum(across))
+                want = (weights[:, :, None] * grid).sum((0, 1))
+                np.testing.assert_allclose(got[0, 1 + r * columns + c], want, atol=1e-5)
+    np.testing.assert_array_equal(vit.resample(jnp.asarray(table[:, 1:]), 4, 4, False),
+                                  table[:, 1:])  # fmt: skip
+    module = vit.make(**TINY_VIT, position='learned')
+    params, _ = drawn(module, images(1, 16, 16, 3))
+    (_, extra), _ = apply(module, params, {}, images(2, 8, 12, 3), True)
+    assert extra['patches'].shape == (2, 6, 16)
+    # As if the resampled positions had been learned.
+    known = {**params, 'position_embedding': vit.resample(params['position_embedding'], 2, 3, True)}
+    (_, want), _ = apply(module, known, {}, images(2, 8, 12, 3), True)
+    np.testing.assert_allclose(extra['patches'], want['patches'], atol=1e-5)
+    wide, _ = drawn(module, images(1, 8, 20, 3))
+    with pytest.raises(UserError, match='2 x 2 patches, but learned the positions of 10'):
+        models.apply(module, wide, {}, images(1, 8, 8, 3), True)
 
 
 def convolution(x, kernel, stride, padding):
@@ -307,9 +425,10 @@ def test_resnet_starts_as_the_identity():
     np.testing.assert_allclose(kernel.std(), np.sqrt(2 / 72), rtol=0.1)
 
 
+FROZEN_AND_SCALED = {'freeze_patch_embedding': True, 'layer_scale': 0.1}
 ALIVE = {
     'vit cls': (vit.make(**TINY_VIT, position='learned'), (16, 8, 8, 3)),
-    'vit mean': (vit.make(**TINY_VIT, pool='mean'), (16, 8, 8, 3)),
+    'vit mean': (vit.make(**TINY_VIT, pool='mean', **FROZEN_AND_SCALED), (16, 8, 8, 3)),
     'resnet': (resnet.make(**TINY_RESNET), (16, 8, 8, 3)),
     'head': (MLP(hidden=16, out=8, layers=3, last_batch_norm=True), (16, 12)),
 }
@@ -378,6 +497,43 @@ def test_memory_is_saved_without_changing_gradients(name, how):
     jax.tree.map(close, got_d, grads)
 
 
+def test_microbatches_take_their_share_of_masks_and_keys():
+    """As one application to each part's rows with the part's key, values and gradients."""
+    whole = vit.make(**TINY_VIT | {'depth': 2}, drop_path=0.5)
+    module = models.Microbatched(whole.clone(remat=True), 2)
+    x, mask = images(16, 8, 8, 3), jnp.asarray(np.random.default_rng(2).random((16, 4)) < 0.4)
+    params, stats = drawn(whole, x, mask=mask)
+    key, weight = jax.random.key(11), images(16, 16)
+
+    def by_parts(params):
+        (features, _), _ = models.apply(module, params, stats, x, True, key=key, mask=mask)
+        return (features * weight).sum(), features
+
+    def one_by_one(params):
+        parts = [
+            models.apply(whole, params, stats, x[i::2], True, key=part, mask=mask[i::2])[0][0]
+            for i, part in enumerate(jax.random.split(key, 2))
+        ]
+        features = jnp.stack(parts, axis=1).reshape(16, -1)
+        return (features * weight).sum(), features
+
+    (_, got), got_d = jit(jax.value_and_grad(by_parts, has_aux=True))(params)
+    (_, want), want_d = jit(jax.value_and_grad(one_by_one, has_aux=True))(params)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(want_d))
+    close = partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * largest)
+    jax.tree.map(close, got_d, want_d)
+
+
+def test_a_key_means_nothing_to_what_draws_nothing():
+    for module in (resnet.make(**TINY_RESNET), vit.make(**TINY_VIT)):
+        x = images(4, 8, 8, 3)
+        params, stats = drawn(module, x)
+        plain = apply(module, params, stats, x, True)
+        keyed = apply(module, params, stats, x, True, key=jax.random.key(1))
+        jax.tree.map(np.testing.assert_array_equal, plain, keyed)
+
+
 def test_config_lists_the_models():
     assert isinstance(
         config.build('models', {'name': 'vit', 'size': 'Ti'}, 'config.model'), vit.ViT
@@ -398,6 +554,8 @@ def test_config_lists_the_models():
         (vit.make, {**TINY_VIT, 'patch': 0}, ['config.model.patch', 'got 0']),
         (vit.make, {**TINY_VIT, 'pool': 'max'}, ["'max'", "'cls', 'mean'"]),
         (vit.make, {**TINY_VIT, 'position': 'sincos'}, ["Did you mean 'sincos2d'"]),
+        (vit.make, {**TINY_VIT, 'drop_path': 1.0}, ['config.model.drop_path', '1.0', 'below 1']),
+        (vit.make, {**TINY_VIT, 'layer_scale': 0.0}, ['config.model.layer_scale', 'more than 0']),
         (vit.make, {**TINY_VIT, 'dtype': 'float16'}, ["'float16'", "'float32', 'bfloat16'"]),
         (resnet.make, {}, ["size='custom'", "'widths'"]),
         (resnet.make, {'size': 19}, ["unknown size '19'", "'18', '34', '50', '101', 'custom'"]),

@@ -38,6 +38,15 @@ def rate(step: int, warmup: float = 0.2) -> float:
     return peak * 0.5 * (1 + np.cos(np.pi * (step - rise) / (STEPS - rise)))
 
 
+def decay(name: str, step: int, final: float | None) -> float:
+    """Weight decay of a parameter: 0.2, or from there to `final` by a cosine (DINO)."""
+    if name not in DECAYED:
+        return 0.0
+    if final is None:
+        return 0.2
+    return final + 0.5 * (0.2 - final) * (1 + np.cos(np.pi * step / STEPS))
+
+
 def norm(x):
     return np.sqrt(np.sum(np.square(x)))
 
@@ -53,40 +62,39 @@ def adam(memory, gradient, step, eps):
     return (m / (1 - b1 ** (step + 1))) / (np.sqrt(v / (1 - b2 ** (step + 1))) + eps)
 
 
-def adamw(name, p, g, step, memory):
-    decay = 0.2 if name in DECAYED else 0.0
-    return p - rate(step) * (adam(memory, g, step, 1e-8) + decay * p)
+def adamw(name, p, g, step, memory, final):
+    return p - rate(step) * (adam(memory, g, step, 1e-8) + decay(name, step, final) * p)
 
 
-def sgd(name, p, g, step, memory):
-    decay = 0.2 if name in DECAYED else 0.0
-    memory['b'] = 0.9 * memory.get('b', 0.0) + g + decay * p
+def sgd(name, p, g, step, memory, final):
+    memory['b'] = 0.9 * memory.get('b', 0.0) + g + decay(name, step, final) * p
     return p - rate(step) * memory['b']
 
 
-def lars(name, p, g, step, memory):
+def lars(name, p, g, step, memory, final):
     local = 1.0
     if name in DECAYED:
-        g = g + 0.2 * p
+        g = g + decay(name, step, final) * p
         local = 0.001 * norm(p) / norm(g)
     memory['v'] = 0.9 * memory.get('v', 0.0) + rate(step) * local * g
     return p - memory['v']
 
 
-def lamb(name, p, g, step, memory):
+def lamb(name, p, g, step, memory, final):
     r = adam(memory, g, step, 1e-6)
     local = 1.0
     if name in DECAYED:
-        r = r + 0.2 * p
+        r = r + decay(name, step, final) * p
         local = norm(p) / norm(r)
     return p - rate(step) * local * r
 
 
-@pytest.mark.parametrize('clip', [0.0, 0.5])
+@pytest.mark.parametrize(('clip', 'final'), [(0.0, None), (0.5, None), (0.0, 0.8), (0.0, 0.0)])
 @pytest.mark.parametrize('oracle', [adamw, sgd, lars, lamb])
-def test_four_steps_match_the_paper(oracle, clip):
+def test_four_steps_match_the_paper(oracle, clip, final):
     options = BETAS if oracle in (adamw, lamb) else {}
-    tx, _ = optim.make(name=oracle.__name__, warmup=0.2, clip_norm=clip, **SHARED, **options)
+    tx, _ = optim.make(name=oracle.__name__, warmup=0.2, clip_norm=clip, final_weight_decay=final,
+                       **SHARED, **options)  # fmt: skip
     want = tree(0)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), want)
     state = tx.init(params)
@@ -99,7 +107,7 @@ def test_four_steps_match_the_paper(oracle, clip):
         total = norm([norm(g) for g in gradients.values()])
         scale = min(1.0, clip / total) if clip else 1.0
         for k in want:
-            want[k] = oracle(k, want[k], gradients[k] * scale, step, memory[k])
+            want[k] = oracle(k, want[k], gradients[k] * scale, step, memory[k], final)
         if step == 0:  # the first step of a warm-up moves nothing
             jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(np.float32, tree(0)))
     for k in want:
@@ -153,15 +161,88 @@ def test_schedule_at_its_edges(warmup, final, wanted):
     np.testing.assert_allclose([schedule(s) for s in (0, 4, 8)], wanted, atol=1e-6)
 
 
+def test_scaling_by_the_batch():
+    for scaling, want in (('linear', 0.1 * 4096 / 256), ('sqrt', 0.1 * 2)):
+        _, schedule = optim.make(
+            name='sgd', learning_rate=0.1, total_steps=10, batch_size=4096, scaling=scaling
+        )
+        np.testing.assert_allclose(schedule(0), want, rtol=1e-6)
+
+
+def test_weight_decays_schedule():
+    schedule = optim.cosine_between(0.04, 0.4, 100)
+    for step, want in ((0, 0.04), (50, 0.22), (100, 0.4), (1000, 0.4)):
+        np.testing.assert_allclose(schedule(step), want, rtol=1e-6)
+    want = 0.4 - 0.36 * (1 + np.cos(np.pi / 4)) / 2
+    np.testing.assert_allclose(jax.jit(schedule)(jnp.int32(25)), want, rtol=1e-5)
+
+
+def parameters(module, *shape: int, **inputs):
+    start = partial(models.init, module)
+    return jax.eval_shape(start, jax.random.key(0), jnp.zeros(shape), **inputs)[0]
+
+
+def test_layer_factors_of_a_vit_and_a_resnet():
+    small = vit.make(
+        width=16, depth=11, heads=2, patch=4, position='learned', layer_scale=0.1, remat=True
+    )
+    encoder = parameters(small, 1, 8, 8, 3, mask=jnp.zeros((1, 4), bool))
+    params = {'encoder': encoder, 'head': {'linear1': {'kernel': 0.0}, 'token': 0.0}, 'scale': 0.0}
+    factors = optim.layer_factors(params, 0.9)
+    assert jax.tree.structure(factors) == jax.tree.structure(params)
+    for path, factor in jax.tree_util.tree_leaves_with_path(factors):
+        names = [entry.key for entry in path]
+        layer = 12  # the norm, the head
+        if names[0] == 'encoder' and names[1].startswith('block'):
+            layer = int(names[1].removeprefix('block')) + 1
+        elif names[0] == 'encoder' and names[1] != 'norm':
+            lowest = {'patch_embedding', 'cls_token', 'mask_token', 'position_embedding'}
+            assert names[1] in lowest
+            layer = 0
+        np.testing.assert_allclose(factor, 0.9 ** (12 - layer), rtol=1e-12, err_msg=str(names))
+
+    params = parameters(resnet.make(widths=(8, 16), blocks=(2, 11), stem='cifar'), 1, 8, 8, 3)
+    factors = optim.layer_factors(params, 0.5)
+    assert set(jax.tree.leaves(factors['stem'])) == {0.5**14}
+    assert set(jax.tree.leaves(factors['stem_norm'])) == {0.5**14}
+    order = [f'stage1_block{i}' for i in range(2)] + [f'stage2_block{i}' for i in range(11)]
+    for layer, name in enumerate(order):
+        assert set(jax.tree.leaves(factors[name])) == {0.5 ** (13 - layer)}
+
+
+@pytest.mark.parametrize('name', optim.OPTIMISERS)
+def test_layer_decay_scales_what_the_optimiser_does(name):
+    params = {'encoder': {'cls_token': 1.0, 'block0': 2.0, 'block1': 3.0, 'norm': 4.0}, 'head': 5.0}
+    params = jax.tree.map(lambda x: jnp.full((3, 2), x), params)
+    factors = {'encoder': {'cls_token': 0.125, 'block0': 0.25, 'block1': 0.5, 'norm': 1.0}}
+    factors['head'] = 1.0
+    updates = []
+    for layer_decay in (1.0, 0.5):
+        tx, _ = optim.make(name=name, layer_decay=layer_decay, final_weight_decay=0.4, **SHARED)
+        state = tx.init(params)
+        for g in (1.0, -3.0):
+            gradients = jax.tree.map(lambda x, g=g: g * x, params)
+            out, state = jax.jit(tx.update)(gradients, state, params)
+        updates.append(out)
+    want = jax.tree.map(lambda u, f: f * u, updates[0], factors)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), updates[1], want)
+
+
+def test_layer_decay_without_layers():
+    tx, _ = optim.make(name='adamw', layer_decay=0.5, **SHARED)
+    params = {'linear': jnp.ones((2, 2))}
+    with pytest.raises(UserError, match=r'layer_decay: got 0.5, but the parameters'):
+        tx.update(params, tx.init(params), params)
+
+
 def test_who_is_decayed():
     names = {k for k, v in optim.decayed(tree(0)).items() if v}
     assert names == DECAYED
-    for module, shape in (
-        (vit.make(width=16, depth=1, heads=2, patch=4, position='learned'), (1, 8, 8, 3)),
-        (resnet.make(widths=(8,), blocks=(1,), stem='cifar'), (1, 8, 8, 3)),
+    small = vit.make(width=16, depth=1, heads=2, patch=4, position='learned', layer_scale=0.1)
+    for params in (
+        parameters(small, 1, 8, 8, 3, mask=jnp.zeros((1, 4), bool)),
+        parameters(resnet.make(widths=(8,), blocks=(1,), stem='cifar'), 1, 8, 8, 3),
     ):
-        start = partial(models.init, module)
-        params, _ = jax.eval_shape(start, jax.random.key(0), jnp.zeros(shape))
         for path, decays in jax.tree_util.tree_leaves_with_path(optim.decayed(params)):
             assert decays == (path[-1].key == 'kernel'), path
 
@@ -180,8 +261,10 @@ def test_lamb_moves_biases_that_start_at_zero():
 def test_state_follows_the_parameters_structure():
     """The trainer restores by structure and shape: an update must keep them, in float32."""
     for name in optim.OPTIMISERS:
-        tx, _ = optim.make(name=name, clip_norm=1.0, **SHARED)
-        params = jax.tree.map(jnp.float32, tree(0))
+        tx, _ = optim.make(
+            name=name, clip_norm=1.0, layer_decay=0.9, final_weight_decay=0.4, **SHARED
+        )
+        params = {'block0': jax.tree.map(jnp.float32, tree(0))}
         before = jax.eval_shape(tx.init, params)
         after = jax.eval_shape(lambda p, tx=tx: tx.update(p, tx.init(p), p)[1], params)
         assert jax.tree.structure(before) == jax.tree.structure(after)
@@ -199,6 +282,10 @@ def test_state_follows_the_parameters_structure():
         ({'final_fraction': 2.0}, ['config.optim.final_fraction']),
         ({'weight_decay': -0.1}, ['config.optim.weight_decay']),
         ({'clip_norm': -0.1}, ['config.optim.clip_norm']),
+        ({'final_weight_decay': -0.1}, ['config.optim.final_weight_decay', 'at least 0']),
+        ({'layer_decay': 1.5}, ['config.optim.layer_decay', '1.5', 'at most 1']),
+        ({'scaling': 'lineer'}, ["'lineer'", "Did you mean 'linear'", "'linear', 'sqrt'"]),
+        ({'layer_decai': 0.9}, ["'layer_decai'", "Did you mean 'layer_decay'"]),
         ({'total_steps': 0}, ['config.total_steps', 'at least 1']),
         ({'momentun': 0.9}, ["'momentun'", "Did you mean 'momentum'"]),
         ({'warmpu': 0.1}, ["'warmpu'", "Did you mean 'warmup'"]),

@@ -110,6 +110,35 @@ def test_killed_run_goes_on_with_the_same_bits(whole, tmp_path):
     assert_same_bits(whole, tmp_path)
 
 
+def test_a_run_that_clusters_between_epochs_goes_on_with_the_same_bits(tmp_path):
+    """Killed after the first epoch: queue, target network and clusters come from the checkpoint."""
+    tiny = [
+        '--config=configs/pcl.py',
+        '--config.total_steps=24',
+        '--config.batch_size=128',
+        '--config.log_every=1',
+        '--config.checkpoint_every=8',
+        '--config.model.widths=(8,16)',
+        '--config.method.hidden=16',
+        '--config.method.projection=8',
+        '--config.method.clusters=(4,8)',
+        '--config.method.warmup=0.0',
+        '--config.evals={}',
+    ]
+    finish(start(tmp_path / 'whole', tiny=tiny))
+    process = start(tmp_path / 'killed', tiny=tiny)
+    wait_for(tmp_path / 'killed', 19)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    out = finish(start(tmp_path / 'killed', tiny=tiny))
+    assert 'continuing' in out
+    assert 'step 21: refreshed' in out
+    assert_same_bits(tmp_path / 'whole', tmp_path / 'killed')
+    protos = [r['train/proto'] for r in metrics.read(tmp_path / 'whole') if 'train/proto' in r]
+    assert all(x == 0 for x in protos[:11])  # an epoch is 10.1 batches
+    assert all(x > 0 for x in protos[11:])
+
+
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments(whole, tmp_path):
     """At any moment, from start-up to the last save."""

@@ -5,9 +5,9 @@ augmentations happen here (Chen et al. 2020, figure 4, and BYOL's solarize). Eve
 view draws its own parameters, from the key alone: an operation's draw depends neither on which
 other operations the spec names nor on how the batch is sharded.
 
-Shapes: B batch, V views, C=3 channels, H=W=S side. Between the operations images are float32
-[B, V, C, H, W] in [0, 1]: with a channel's pixels side by side the CPU's loops vectorise, and
-without a merge of B and V the batch axis keeps its sharding.
+Shapes: B batch, V views (or L local ones), C=3 channels, H=W=S side. Between the operations images
+are float32 [B, V, C, H, W] in [0, 1]: with a channel's pixels side by side the CPU's loops
+vectorise, and without a merge of B and V the batch axis keeps its sharding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,14 +44,17 @@ def make(
     image_size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    local_views: int = 0,
+    local_size: int = 96,
     where: str = 'config.augment',
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
+) -> Callable[[jax.Array, Mapping[str, jax.Array]], dict[str, jax.Array]]:
     """The augmentation that `spec` describes, as a pure function to call within the jitted step.
 
     Operations are applied in the order rotate90, jitter, grayscale, cutout, noise, blur, sobel,
     solarize, whatever the order of `spec`; one that `spec` does not name costs nothing. Each has
     an option `prob`, the probability that it is applied to an image: a number for all views or a
-    tuple with one for each (BYOL's asymmetric pair). The other options are the keywords of the
+    tuple with one for each (BYOL's asymmetric pair) and, where there are local views, a last one
+    for all of these (DINO's blur: (1.0, 0.1, 0.5)). The other options are the keywords of the
     function of that name in `color`, `filters` and `geometry`.
 
     Args:
@@ -61,35 +64,66 @@ def make(
         image_size: S, the side of the (square) views in pixels.
         mean: of each channel, in units of [0, 1]; subtracted after the operations.
         std: of each channel, in units of [0, 1]; divided by after the operations.
+        local_views: L, the number of local views in a batch. They have draws of their own: those of
+            the other views do not depend on L.
+        local_size: the side of these in pixels.
         where: the config key that `spec` came from, for errors.
 
     Returns:
-        augment(key, views_BVHWC uint8) -> views_BVHWC float32, normalised.
+        augment(key, batch) -> batch, in which 'views' [B, V, S, S, 3] uint8 and, with L > 0,
+        'local_views' [B, L, local_size, local_size, 3] uint8 have become float32, normalised.
 
     Raises:
         UserError: unknown operation or option, or an option out of its range.
     """
     _check_moments(mean, std)
+    for name, value, least in (('local_views', local_views, 0), ('local_size', local_size, 1)):
+        if value < least:
+            raise config.UserError(f'config.data.{name}: got {value}, expected at least {least}.')
     for name in spec:
         if name not in ORDER:
             raise config.unknown('augmentation', name, ORDER, where)
+    frame = Frame(where, views, image_size, local_views)
+    parts = {'views': _one(spec, frame, views, mean, std)}
+    if local_views:
+        frame = frame._replace(size=local_size, local=True)
+        parts['local_views'] = _one(spec, frame, local_views, mean, std)
+
+    def augment(key: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        # Not 0 or 1: fold_in makes of them the two keys that the views' own draws split off.
+        keys = {'views': key, 'local_views': jax.random.fold_in(key, 2)}
+        return {**batch, **{name: part(keys[name], batch[name]) for name, part in parts.items()}}
+
+    return augment
+
+
+def _one(
+    spec: Mapping[str, Mapping[str, Any]],
+    frame: Frame,
+    views: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(key, uint8 [B, views, size, size, 3]) -> float32: `make` for one of the batch's arrays."""
     operations = []
     for index, (name, factory) in enumerate(ORDER.items()):
         if name not in spec:
             continue
-        here = f'{where}.{name}'
+        here = f'{frame.where}.{name}'
         if not hasattr(spec[name], 'items'):
             raise config.UserError(
                 f'{here}: expected options such as dict(prob=0.5), got {spec[name]!r}.'
             )
-        frame = Frame(here, views, image_size)
-        operations.append((index, config.call(factory, here, frame, **spec[name])))
+        at = frame._replace(where=here)
+        operations.append((index, config.call(factory, here, at, **spec[name])))
 
-    def augment(key: jax.Array, views_BVHWC: jax.Array) -> jax.Array:
-        expected = (views, image_size, image_size, 3)
+    def one(key: jax.Array, views_BVHWC: jax.Array) -> jax.Array:
+        expected = (views, frame.size, frame.size, 3)
         if views_BVHWC.shape[1:] != expected or views_BVHWC.dtype != jnp.uint8:
             got = f'{views_BVHWC.dtype}{list(views_BVHWC.shape)}'
-            raise config.UserError(f'{where}: expected views uint8{["B", *expected]}, got {got}.')
+            raise config.UserError(
+                f'{frame.where}: expected views uint8{["B", *expected]}, got {got}.'
+            )
         x_BVCHW = jnp.moveaxis(views_BVHWC, 4, 2).astype(jnp.float32) / 255
         # One draw for all, and of two axes: on the CPU, compiling one costs half a second for two
         # axes and three seconds for four.
@@ -100,7 +134,7 @@ def make(
             x_BVCHW = operation(noise_key, draws[:, :, index], x_BVCHW)
         return _standardise(jnp.moveaxis(x_BVCHW, 2, 4), mean, std)
 
-    return augment
+    return one
 
 
 def normalize(

@@ -18,8 +18,10 @@ class Frame(NamedTuple):
     """Where an operation's options come from and the views that it will see."""
 
     where: str
-    views: int
-    size: int
+    views: int  # V, the (global) views of an image
+    size: int  # of the side of what it will see
+    local_views: int = 0  # L
+    local: bool = False  # whether it will see these instead
 
 
 def number(name: str, value: object, frame: Frame, low: float, high: float = math.inf) -> float:
@@ -49,16 +51,21 @@ def chance(prob: float | Sequence[float], frame: Frame) -> Callable[[jax.Array],
     """The coin of an operation: draw_BVR -> bool [B, V], True where it is applied.
 
     Args:
-        prob: the probability, in [0, 1]: a number for all views or one for each of the V views.
+        prob: the probability, in [0, 1]: a number for all views or one for each of the V views
+            and, where there are local views, a last one for all of these.
         frame: of the operation.
     """
-    each = list(prob) if isinstance(prob, (tuple, list)) else [prob] * frame.views
-    if len(each) != frame.views:
+    V, L = frame.views, frame.local_views
+    expected = V + (L > 0)
+    each = list(prob) if isinstance(prob, (tuple, list)) else [prob] * expected
+    if len(each) != expected:
+        more = f' and a last one for the local views ({expected} in all)' if L else ''
         raise UserError(
-            f'{frame.where}.prob: expected a number or a tuple with one for each of the '
-            f'{frame.views} views, got {prob!r}.'
+            f'{frame.where}.prob: expected a number or a tuple with one for each of the {V} views'
+            f'{more}, got {prob!r}.'
         )
-    prob_V = np.asarray([number('prob', p, frame, 0, 1) for p in each], np.float32)
+    each = [number('prob', p, frame, 0, 1) for p in each]
+    prob_V = np.asarray(each[V:] * L if frame.local else each[:V], np.float32)
 
     # Draws are in [0, 1): never below 0, always below 1.
     return lambda draw_BVR: draw_BVR[..., 0] < prob_V[None, :]

@@ -4,7 +4,7 @@ Dimension key: H, W height and width of an image; S size of the crop.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,11 +129,16 @@ def crop_options(crop: Mapping[str, Any], where: str = 'config.data.crop') -> di
     config.choose('interpolation', options.get('interpolation', 'bicubic'), INTERPOLATION, where)
     for key, most in (('scale', 1.0), ('ratio', math.inf)):
         if key in options:
-            low, high = options[key] = tuple(options[key])
-            if not 0 < low <= high <= most:
-                raise config.UserError(
-                    f'{where}.{key}: got ({low}, {high}), expected 0 < low <= high <= {most}.'
-                )
+            options[key] = span(options[key], most, f'{where}.{key}')
     if not 0 <= options.get('flip', 0.5) <= 1:
         raise config.UserError(f'{where}.flip: got {options["flip"]}, expected a probability.')
     return options
+
+
+def span(value: Sequence[float], most: float, where: str) -> tuple[float, float]:
+    """`value` as (low, high), 0 < low <= high <= most, or a UserError that names the key."""
+    pair = tuple(value)
+    if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
+        shown = ', '.join(map(str, pair))
+        raise config.UserError(f'{where}: got ({shown}), expected 0 < low <= high <= {most}.')
+    return pair

@@ -1,6 +1,6 @@
 """Sources to batches with grain: deterministic in (seed, position), the same on any host count.
 
-Dimension key: B global batch, b rows of one process, V views, H W image, N records.
+Dimension key: B global batch, b rows of one process, V views, L local views, H W image, N records.
 
 Position g = 0, 1, 2, ... runs over the rows of all global batches: batch j holds positions
 [j·B, (j+1)·B). Epoch g // N visits the records in the order of a permutation keyed by (seed, epoch)
@@ -11,7 +11,7 @@ for every process count, thread count and restart.
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -65,6 +65,9 @@ def train_iterator(
     crop: Mapping[str, Any],
     seed: int,
     bad: BadRecords,
+    local_views: int = 0,
+    local_size: int = 96,
+    local_scale: Sequence[float] = (0.05, 0.4),
     process_index: int = 0,
     process_count: int = 1,
     threads: int | None = None,
@@ -81,6 +84,10 @@ def train_iterator(
         crop: keywords of geometry.random_resized_crop: scale, ratio, interpolation, flip.
         seed: an integer, 0 to 2**64 - 1.
         bad: the register.
+        local_views: L, further crops of each image (multi-crop, Caron et al. 2020,
+            arXiv:2006.09882, section 3.2). They are drawn after the others, which stay the same.
+        local_size: h = w of these, pixels.
+        local_scale: smallest and largest share of the area of these; the rest is as `crop` says.
         process_index: this process; it yields rows [index·b, (index+1)·b) of every global batch.
         process_count: b = batch_size / process_count.
         threads: that decode and crop; 0 works in the caller's thread. None: 1 for records of at
@@ -88,12 +95,13 @@ def train_iterator(
 
     Returns:
         A grain.DatasetIterator of {'views': [b, V, H, W, 3] uint8, 'label': [b] int32 (-1 where
-        there is none), 'index': [b] int32 the record used}. `get_state`, `set_state` and
-        `start_prefetch` as grain's; `close` ends its threads.
+        there is none), 'index': [b] int32 the record used}, and with L > 0 'local_views':
+        [b, L, h, w, 3] uint8. `get_state`, `set_state` and `start_prefetch` as grain's; `close`
+        ends its threads.
 
     Raises:
-        UserError: fewer records than a batch, a batch that does not divide by the processes, seed
-            or crop options out of range; while iterating, too many bad records.
+        UserError: fewer records than a batch, a batch that does not divide by the processes, seed,
+            crop options or local views out of range; while iterating, too many bad records.
     """
     count = len(source)
     if count < batch_size:
@@ -103,14 +111,20 @@ def train_iterator(
         )
     if not 0 <= seed < 2**64:
         raise UserError(f'config.seed: got {seed}, expected 0 to 2**64 - 1.')
+    for name, value, least in (('local_views', local_views, 0), ('local_size', local_size, 1)):
+        if value < least:
+            raise UserError(f'config.data.{name}: got {value}, expected at least {least}.')
     local = _local_rows(batch_size, process_count)
     options = geometry.crop_options(crop)
+    scale = geometry.span(local_scale, 1.0, 'config.data.local_scale')
+    local_options = {**options, 'scale': scale}
     chunk = _divisor(local, CHUNK)
 
     def rows(j: int) -> dict[str, np.ndarray]:
         batch, part = divmod(j, local // chunk)
         start = batch * batch_size + process_index * local + part * chunk
         views_bVHWC = np.empty((chunk, views, image_size, image_size, 3), np.uint8)
+        local_bLHWC = np.empty((chunk, local_views, local_size, local_size, 3), np.uint8)
         label_b, index_b = np.empty(chunk, np.int32), np.empty(chunk, np.int32)
         for row, position in enumerate(range(start, start + chunk)):
             epoch, place = divmod(position, count)
@@ -121,8 +135,13 @@ def train_iterator(
                 views_bVHWC[row, view] = geometry.random_resized_crop(
                     picture, rng, image_size, **options
                 )
+            for view in range(local_views):
+                local_bLHWC[row, view] = geometry.random_resized_crop(
+                    picture, rng, local_size, **local_options
+                )
             label_b[row], index_b[row] = record['label'], index
-        return {'views': views_bVHWC, 'label': label_b, 'index': index_b}
+        found = {'views': views_bVHWC, 'label': label_b, 'index': index_b}
+        return {**found, 'local_views': local_bLHWC} if local_views else found
 
     return _batches(rows, 2**48, local // chunk, _threads(source, threads))
 

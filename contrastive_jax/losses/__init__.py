@@ -1,6 +1,45 @@
 """Pure functions of embeddings. They see the global batch and store no matrix of scores."""
 
-from contrastive_jax.losses.contrastive import clip, info_nce, n_pair, nt_xent, siglip, sup_con
+from contrastive_jax.losses.contrastive import (
+    clip,
+    info_nce,
+    n_pair,
+    nt_xent,
+    proto_nce,
+    siglip,
+    sup_con,
+)
+from contrastive_jax.losses.distillation import (
+    centre,
+    cosine_distance,
+    masked,
+    sinkhorn,
+    swapped,
+    teacher,
+)
 from contrastive_jax.losses.metric import max_margin, triplet
+from contrastive_jax.losses.redundancy import barlow_twins, koleo, output_std, vicreg
+from contrastive_jax.losses.scores import unit
 
-__all__ = ['clip', 'info_nce', 'max_margin', 'n_pair', 'nt_xent', 'siglip', 'sup_con', 'triplet']
+__all__ = [
+    'barlow_twins',
+    'centre',
+    'clip',
+    'cosine_distance',
+    'info_nce',
+    'koleo',
+    'masked',
+    'max_margin',
+    'n_pair',
+    'nt_xent',
+    'output_std',
+    'proto_nce',
+    'siglip',
+    'sinkhorn',
+    'sup_con',
+    'swapped',
+    'teacher',
+    'triplet',
+    'unit',
+    'vicreg',
+]

@@ -4,7 +4,8 @@ Call them on the whole batch: under `jax.set_mesh(mesh)` with rows sharded on th
 every device's rows meet every other device's. Embeddings come in unnormalised, in any floating
 dtype; scores are computed and accumulated in float32.
 
-B: pairs, V: views, K: negatives, D: embedding dimensions, R: rows, all views of all images.
+B: pairs, V: views, K: negatives or prototypes, D: embedding dimensions, R: rows, all views of all
+images, or drawn prototypes.
 """
 
 import jax
@@ -68,7 +69,7 @@ def nt_xent(
 def info_nce(
     query_BD: jax.Array,
     positive_BD: jax.Array,
-    negatives_KD: jax.Array,
+    negatives_KD: jax.Array | None = None,
     *,
     temperature: float | jax.Array,
     tile: int = TILE,
@@ -81,33 +82,91 @@ def info_nce(
 
     Args:
         query_BD, positive_BD: embeddings, row-aligned; need not be normalised.
-        negatives_KD: embeddings that count for every query (a queue); need not be normalised.
+        negatives_KD: embeddings that count for every query (a queue); need not be normalised. None:
+            a query's negatives are the other queries' positives (NNCLR, Dwibedi et al. 2021, eq. 3;
+            MoCo v3, Chen et al. 2021, eq. 1, where the authors' code multiplies by 2τ).
         temperature: τ > 0.
         tile, exchange: see `similarity.logsumexp`.
 
     Returns:
-        float32 scalar, at least 0.
+        float32 scalar, at least 0; 0 for B = 1 without a queue, where there are no negatives.
 
     Raises:
         ValueError: shapes that do not fit together; a temperature that is not above 0.
     """
     check_pairs('info_nce', query_BD, positive_BD)
     check_positive('info_nce', 'temperature', temperature)
-    if negatives_KD.ndim != 2 or negatives_KD.shape[1] != query_BD.shape[1]:
-        raise ValueError(
-            f'info_nce: negatives_KD must be [K, {query_BD.shape[1]}] as the queries are, '
-            f'got {negatives_KD.shape}'
-        )
-    dtype = jnp.promote_types(query_BD.dtype, negatives_KD.dtype)
-    negatives_B = similarity.logsumexp(
-        lambda query, negative: cosine(query, negative, dtype) / temperature,
-        items(query_BD),
-        items(negatives_KD),
-        tile=tile,
-        exchange=exchange,
-    )
+    queries, bank, dtype = _pairs(query_BD, positive_BD)
+    if negatives_KD is not None:
+        _check_bank('info_nce', 'negatives', query_BD, negatives_KD)
+        nobody_K = jnp.full(negatives_KD.shape[:1], -1, jnp.int32)
+        bank = {'pair': nobody_K, **items(negatives_KD)}
+        dtype = jnp.promote_types(query_BD.dtype, negatives_KD.dtype)
+
+    def negatives(query: dict, negative: dict) -> jax.Array:
+        paired_mn = query['pair'][:, None] == negative['pair'][None, :]
+        return jnp.where(paired_mn, -jnp.inf, cosine(query, negative, dtype) / temperature)
+
+    negatives_B = similarity.logsumexp(negatives, queries, bank, tile=tile, exchange=exchange)
     positive_B = jnp.sum(unit(query_BD) * unit(positive_BD), axis=-1) / temperature
     return jnp.mean(jax.nn.softplus(negatives_B - positive_B))
+
+
+def proto_nce(
+    embeddings_BD: jax.Array,
+    prototypes_KD: jax.Array,
+    concentration_K: jax.Array,
+    assignment_B: jax.Array,
+    *,
+    negative_indices_R: jax.Array | None = None,
+    tile: int = TILE,
+    exchange: str = 'auto',
+) -> jax.Array:
+    """The prototypes' part of ProtoNCE, for one clustering (PCL, Li et al. 2021, eq. 11).
+
+    `−log exp(v·c_s / φ_s) / (exp(v·c_s / φ_s) + Σ_j exp(v·c_j / φ_j))` on cosines, with c_s the
+    prototype of v's cluster and j over the others; the mean over embeddings.
+
+    Args:
+        embeddings_BD: v; need not be normalised.
+        prototypes_KD: c; need not be normalised.
+        concentration_K: φ > 0, a temperature for every prototype.
+        assignment_B: s, integers from 0 to K − 1.
+        negative_indices_R: which prototypes are negatives, integers from 0 to K − 1 (PCL draws
+            them); its own is never one of an embedding's, and one that is given twice counts
+            twice. None: all.
+        tile, exchange: see `similarity.logsumexp`.
+
+    Returns:
+        float32 scalar, at least 0; an embedding without negatives adds 0.
+
+    Raises:
+        ValueError: shapes that do not fit together, assignments that are no integers.
+    """
+    check_labels('proto_nce', embeddings_BD, assignment_B)
+    _check_bank('proto_nce', 'prototypes', embeddings_BD, prototypes_KD)
+    if concentration_K.shape != prototypes_KD.shape[:1]:
+        raise ValueError(
+            f'proto_nce: expected concentrations {prototypes_KD.shape[:1]}, one for each of the '
+            f'prototypes, got {concentration_K.shape}'
+        )
+    concentration_K = concentration_K.astype(jnp.float32)
+    indices_K = jnp.arange(prototypes_KD.shape[0], dtype=jnp.int32)
+    bank = {'prototype': indices_K, 'concentration': concentration_K, **items(prototypes_KD)}
+    if negative_indices_R is not None:
+        bank = jax.tree.map(lambda x: x[negative_indices_R], bank)
+    rows = {'prototype': assignment_B, **items(embeddings_BD)}
+    dtype = jnp.promote_types(embeddings_BD.dtype, prototypes_KD.dtype)
+
+    def negatives(row: dict, bank: dict) -> jax.Array:
+        own_mn = row['prototype'][:, None] == bank['prototype'][None, :]
+        scores_mn = cosine(row, bank, dtype) / bank['concentration'][None, :]
+        return jnp.where(own_mn, -jnp.inf, scores_mn)
+
+    negatives_B = similarity.logsumexp(negatives, rows, bank, tile=tile, exchange=exchange)
+    # float32 before the rows are picked: what several embeddings add to one prototype is, too.
+    positive_B = jnp.sum(unit(embeddings_BD) * unit(prototypes_KD)[assignment_B], axis=-1)
+    return jnp.mean(jax.nn.softplus(negatives_B - positive_B / concentration_K[assignment_B]))
 
 
 def clip(
@@ -274,6 +333,7 @@ def sup_con(
 def n_pair(
     anchor_BD: jax.Array,
     positive_BD: jax.Array,
+    labels_B: jax.Array | None = None,
     *,
     l2: float = 0.0,
     tile: int = TILE,
@@ -285,7 +345,9 @@ def n_pair(
     `l2 · 1/B Σ_i (‖a_i‖² + ‖p_i‖²)`, which keeps the lengths from growing.
 
     Args:
-        anchor_BD, positive_BD: embeddings, row-aligned, each pair of another class.
+        anchor_BD, positive_BD: embeddings, row-aligned.
+        labels_B: integers; pairs of one label are no negatives of each other. None: each pair is
+            of another class, as the paper draws its batches.
         l2: weight of the squared lengths, at least 0.
         tile, exchange: see `similarity.logsumexp`.
 
@@ -293,10 +355,13 @@ def n_pair(
         float32 scalar, at least 0.
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: shapes that differ; labels that are no integers.
     """
     check_pairs('n_pair', anchor_BD, positive_BD)
     anchors, positives, dtype = _pairs(anchor_BD, positive_BD)
+    if labels_B is not None:
+        check_labels('n_pair', anchor_BD, labels_B)
+        anchors['pair'] = positives['pair'] = labels_B
 
     def negatives(anchor: dict, positive: dict) -> jax.Array:
         paired_mn = anchor['pair'][:, None] == positive['pair'][None, :]
@@ -315,3 +380,11 @@ def _pairs(a_BD: jax.Array, b_BD: jax.Array) -> tuple[dict, dict, jnp.dtype]:
     pair_B = jnp.arange(a_BD.shape[0], dtype=jnp.int32)
     dtype = jnp.promote_types(a_BD.dtype, b_BD.dtype)
     return {'pair': pair_B, **items(a_BD)}, {'pair': pair_B, **items(b_BD)}, dtype
+
+
+def _check_bank(loss: str, name: str, rows_BD: jax.Array, bank_KD: jax.Array) -> None:
+    if rows_BD.ndim != 2 or bank_KD.ndim != 2 or bank_KD.shape[1] != rows_BD.shape[1]:
+        raise ValueError(
+            f'{loss}: {name}_KD must be [K, {rows_BD.shape[-1]}] as the rows [B, D] are, '
+            f'got {bank_KD.shape} and {rows_BD.shape}'
+        )

@@ -6,13 +6,12 @@ together and pushes all other views of the global batch away. Evaluators see f w
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
 from contrastive_jax import models
-from contrastive_jax.config import UserError
 from contrastive_jax.heads import MLP
 from contrastive_jax.losses import nt_xent
 from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.network import Network, check_numbers, check_views
 
 
 def make(
@@ -34,45 +33,26 @@ def make(
         layers: of g: 2 in the paper, 3 in the authors' later code and SimCLR v2.
         last_batch_norm: BatchNorm also after g's last layer, as in the authors' code.
     """
-    if not temperature > 0:
-        raise UserError(f'config.method.temperature: got {temperature}; expected a number > 0.')
+    check_numbers('simclr', ('temperature',), temperature=temperature)
     head = MLP(hidden, projection, layers=layers, last_batch_norm=last_batch_norm)
+    network = Network(model, projector=head)
 
-    def init(key: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
-        encoder_key, head_key = jax.random.split(key)
-        images = batch['views'][:, 0].astype(jnp.float32)
-        encoder, encoder_stats = models.init(model, encoder_key, images)
-        (features, _), _ = models.apply(model, encoder, encoder_stats, images, train=False)
-        projector, projector_stats = models.init(head, head_key, features)
-        params = {'encoder': encoder, 'projector': projector}
-        return params, {'encoder': encoder_stats, 'projector': projector_stats}
+    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
+        del records
+        params, stats = network.init(key, batch['views'][:, 0])
+        return params, {'stats': stats}
 
     def loss(
-        params: Tree, extra: Tree, batch: Batch, key: jax.Array, step: jax.Array
+        params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
-        del key, step
-        views = batch['views']
-        if views.shape[1] != 2:
-            raise UserError(f'simclr: got {views.shape[1]} views an image; expected 2.')
-        images = rearrange(views, 'b v h w c -> (b v) h w c')
-        (features, _), encoder_stats = models.apply(
-            model, params['encoder'], extra['encoder'], images, train=True
-        )
-        z, projector_stats = models.apply(
-            head, params['projector'], extra['projector'], features, train=True
-        )
-        z_BVD = rearrange(z, '(b v) d -> b v d', v=2)
+        del progress
+        check_views('simclr', batch['views'], 2)
+        out, stats = network.views(params, extra['stats'], batch['views'], key=key)
+        z_BVD = out['projector']
         value = nt_xent(z_BVD[:, 0], z_BVD[:, 1], temperature=temperature)
         # −loss + log(candidates) bounds the mutual information of two views from below, in nats
         # (van den Oord et al. 2018, eq. 5).
-        bound = jnp.log(jnp.float32(images.shape[0] - 1)) - value
-        extra = {'encoder': encoder_stats, 'projector': projector_stats}
-        return value, (extra, {'mutual_information_bound': bound})
+        bound = jnp.log(jnp.float32(2 * len(z_BVD) - 1)) - value
+        return value, ({'stats': stats}, {'mutual_information_bound': bound})
 
-    def encode(params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
-        (features, named), _ = models.apply(
-            model, params['encoder'], extra['encoder'], batch['image'], train=False
-        )
-        return {'features': features, **named}
-
-    return Method(init, loss, encode)
+    return Method(init, loss, network.encode)

@@ -19,7 +19,8 @@ class Microbatched(NamedTuple):
     backward pass encodes each part again, so that the activations of one part are all that is held
     (GradCache, Gao et al. 2021, arXiv:2101.06983, here by `jax.checkpoint`). Gradients equal those
     of the whole batch, except through BatchNorm: each part has its own statistics, and its running
-    averages see the parts one after another.
+    averages see the parts one after another. What is drawn is drawn for each part from a key of
+    its own.
     """
 
     module: nn.Module
@@ -29,39 +30,81 @@ class Microbatched(NamedTuple):
 Encoder = nn.Module | Microbatched
 
 
-def init(module: Encoder, key: jax.Array, x: jax.Array) -> tuple[Any, Any]:
-    """`(params, stats)` of a module; stats, its BatchNorm running averages, is {} without any."""
+def init(module: Encoder, key: jax.Array, x: jax.Array, **inputs: Any) -> tuple[Any, Any]:
+    """`(params, stats)` of a module.
+
+    Args:
+        module: the module.
+        key: of the initial values.
+        x: a batch of what it will see.
+        **inputs: further arguments of its call. An optional one makes the parameters that only it
+            needs: without a mask here, a ViT has no mask token.
+
+    Returns:
+        The trained parameters, and what is not trained: the running averages of BatchNorm and what
+        is frozen at its initial value; {} without any.
+    """
     if isinstance(module, Microbatched):
         module = module.module
-    variables = module.init(key, x, train=False)
+    variables = module.init(key, x, train=False, **inputs)
     return variables.get('params', {}), variables.get('batch_stats', {})
 
 
-def apply(module: Encoder, params: Any, stats: Any, x: jax.Array, train: bool) -> tuple[Any, Any]:
-    """`(module(x, train), new stats)`; with train=False, or no BatchNorm, stats as they came."""
+def apply(
+    module: Encoder,
+    params: Any,
+    stats: Any,
+    x: jax.Array,
+    train: bool,
+    *,
+    key: jax.Array | None = None,
+    **inputs: Any,
+) -> tuple[Any, Any]:
+    """`(module(x, train, **inputs), new stats)`; with train=False, or no BatchNorm, stats as given.
+
+    Args:
+        module: the module.
+        params, stats: from `init`.
+        x: [B, ...].
+        train: statistics of this batch, and random depth; else running averages, and all blocks.
+        key: of what the module draws in training (a ViT's drop_path); ignored by one that draws
+            nothing. None: nothing is drawn, and no block is left out (a teacher).
+        **inputs: further arguments of the module's call, trees of arrays [B, ...].
+    """
     if isinstance(module, Microbatched):
         if train and module.parts > 1:
-            return _by_parts(*module, params, stats, x)
+            return _by_parts(*module, params, stats, x, key, inputs)
         module = module.module
-    if not stats:
-        return module.apply({'params': params}, x, train=train), stats
-    variables = {'params': params, 'batch_stats': stats}
-    if not train:
-        return module.apply(variables, x, train=False), stats
-    outputs, new = module.apply(variables, x, train=True, mutable=['batch_stats'])
+    variables = {'params': params, 'batch_stats': stats} if stats else {'params': params}
+    rngs = None if key is None else {'drop_path': key}
+    if not (stats and train):
+        return module.apply(variables, x, train=train, rngs=rngs, **inputs), stats
+    outputs, new = module.apply(
+        variables, x, train=True, rngs=rngs, mutable=['batch_stats'], **inputs
+    )
     return outputs, new['batch_stats']
 
 
 def _by_parts(
-    module: nn.Module, parts: int, params: Any, stats: Any, x: jax.Array
+    module: nn.Module,
+    parts: int,
+    params: Any,
+    stats: Any,
+    x: jax.Array,
+    key: jax.Array | None,
+    inputs: dict[str, Any],
 ) -> tuple[Any, Any]:
     # Row i goes to part i % parts, so that each keeps its rows spread over the devices as they are.
-    split = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+    rows = jax.tree.map(
+        lambda y: jnp.swapaxes(y.reshape(-1, parts, *y.shape[1:]), 0, 1), (x, inputs)
+    )
+    keys = None if key is None else jax.random.split(key, parts)
 
     @jax.checkpoint
-    def encode(stats: Any, part: jax.Array) -> tuple[Any, Any]:
-        outputs, stats = apply(module, params, stats, part, train=True)
+    def encode(stats: Any, part: tuple[Any, jax.Array | None]) -> tuple[Any, Any]:
+        (x, inputs), key = part
+        outputs, stats = apply(module, params, stats, x, train=True, key=key, **inputs)
         return stats, outputs
 
-    stats, outputs = jax.lax.scan(encode, stats, split)
+    stats, outputs = jax.lax.scan(encode, stats, (rows, keys))
     return jax.tree.map(lambda y: jnp.swapaxes(y, 0, 1).reshape(-1, *y.shape[2:]), outputs), stats

@@ -4,6 +4,10 @@ Dimension key: B batch, H W image, C channels, P patch, N patches, T tokens (N, 
 D width, K heads, F width of a head.
 """
 
+import math
+from functools import partial
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -70,21 +74,42 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), on tokens that are flattened to [B T, D].
+
+    Each branch is scaled per channel (layer_scale, its initial value) and, in training, left out
+    for a share drop_path of the images; both as in `make`.
+    """
 
     heads: int
     hidden: int
     dtype: jnp.dtype
+    drop_path: float = 0.0
+    layer_scale: float | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, batch: int) -> jax.Array:
+    def __call__(self, x: jax.Array, batch: int, train: bool = False) -> jax.Array:
         y = nn.LayerNorm(dtype=self.dtype, name='norm1')(x)
-        x = x + Attention(self.heads, self.dtype, name='attention')(y, batch)
+        y = Attention(self.heads, self.dtype, name='attention')(y, batch)
+        x = x + self._branch('layer_scale1', y, batch, train)
         y = nn.LayerNorm(dtype=self.dtype, name='norm2')(x)
         y = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, name='mlp1')(y)
         # Paper: exact GELU; here: its tanh form, because exact takes twice as long on a CPU.
         y = nn.gelu(y, approximate=True)
-        return x + nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name='mlp2')(y)
+        y = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name='mlp2')(y)
+        return x + self._branch('layer_scale2', y, batch, train)
+
+    def _branch(self, name: str, y: jax.Array, batch: int, train: bool) -> jax.Array:
+        """What is added to the residual stream of a branch's output."""
+        if self.layer_scale is not None:
+            start = nn.initializers.constant(self.layer_scale)
+            y = y * self.param(name, start, (y.shape[-1],)).astype(y.dtype)[None, :]
+        # A teacher has no key: it sees its batch's statistics, but drops nothing (DINO).
+        if not (train and self.drop_path and self.has_rng('drop_path')):
+            return y
+        keep = 1.0 - self.drop_path
+        kept_B11 = jax.random.bernoulli(self.make_rng('drop_path'), keep, (batch, 1, 1))
+        images = y.reshape(batch, -1, y.shape[-1])
+        return jnp.where(kept_B11, images / keep, 0.0).reshape(y.shape)
 
 
 class ViT(nn.Module):
@@ -99,10 +124,14 @@ class ViT(nn.Module):
     position: str
     remat: bool
     dtype: jnp.dtype
+    drop_path: float = 0.0
+    layer_scale: float | None = None
+    freeze_patch_embedding: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        del train  # no dropout, no batch statistics
+    def __call__(
+        self, x: jax.Array, train: bool, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         batch, height, wide = x.shape[:3]
         if height % self.patch or wide % self.patch or min(height, wide) < 1:
             raise UserError(
@@ -112,8 +141,15 @@ class ViT(nn.Module):
         rows, columns = height // self.patch, wide // self.patch
         # A convolution of stride P, as one matrix product.
         x = rearrange(x, 'B (h p) (w q) C -> (B h w) (p q C)', p=self.patch, q=self.patch)
-        x = nn.Dense(self.width, dtype=self.dtype, kernel_init=xavier, name='patch_embedding')(x)
-        x = x.reshape(batch, rows * columns, self.width)
+        x = self._embed(x).reshape(batch, rows * columns, self.width)
+        if mask is not None:
+            if mask.shape != x.shape[:2] or mask.dtype != jnp.bool_:
+                raise ValueError(
+                    f'vit: expected a mask bool{list(x.shape[:2])}, one for each patch; '
+                    f'got {mask.dtype}{list(mask.shape)}'
+                )
+            token = self.param('mask_token', nn.initializers.zeros, (1, 1, self.width))
+            x = jnp.where(mask[:, :, None], token.astype(x.dtype), x)
 
         has_cls = POOLS[self.pool]
         if has_cls:  # std 1e-6: MoCo v3, from timm
@@ -124,9 +160,11 @@ class ViT(nn.Module):
 
         # One matrix [B T, D] from here on: XLA on CPU takes half the time over 2-D products.
         x = rearrange(x, 'B T D -> (B T) D')
-        block = nn.remat(Block, static_argnums=2) if self.remat else Block
-        for i in range(self.depth):
-            x = block(self.heads, self.hidden, self.dtype, name=f'block{i}')(x, batch)
+        block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
+        for i, drop in enumerate(np.linspace(0.0, self.drop_path, self.depth).tolist()):
+            x = block(
+                self.heads, self.hidden, self.dtype, drop, self.layer_scale, name=f'block{i}'
+            )(x, batch, train)
         x = nn.LayerNorm(dtype=jnp.float32, name='norm')(x)
         x = rearrange(x, '(B T) D -> B T D', B=batch)
 
@@ -134,12 +172,61 @@ class ViT(nn.Module):
             return x[:, 0], {'cls': x[:, 0], 'patches': x[:, 1:]}
         return x.mean(axis=1), {'patches': x}
 
+    def _embed(self, x: jax.Array) -> jax.Array:
+        """The patch projection, [B N, P P C] -> [B N, D]."""
+        projection = partial(nn.Dense, self.width, dtype=self.dtype, kernel_init=xavier)
+        if not self.freeze_patch_embedding:
+            return projection(name='patch_embedding')(x)
+        # Not among the parameters, where weight decay would shrink it: it lies beside the running
+        # averages, which are kept with a run and copied with a network, but not trained.
+        dense: Any = projection(parent=None)
+
+        def start() -> Any:
+            return dense.init(self.make_rng('params'), x)['params']
+
+        frozen = self.variable('batch_stats', 'patch_embedding', start)
+        return dense.apply({'params': frozen.value}, x)
+
     def _positions(self, rows: int, columns: int, has_cls: bool) -> jax.Array:
-        if self.position == 'learned':
-            shape = (1, rows * columns + has_cls, self.width)
-            return self.param('position_embedding', nn.initializers.normal(0.02), shape)
-        fixed = sincos2d(rows, columns, self.width)
-        return jnp.asarray(np.pad(fixed, ((int(has_cls), 0), (0, 0)))[None])  # CLS gets zeros
+        if self.position == 'sincos2d':
+            fixed = sincos2d(rows, columns, self.width)
+            return jnp.asarray(np.pad(fixed, ((int(has_cls), 0), (0, 0)))[None])  # CLS gets zeros
+        shape = (1, rows * columns + has_cls, self.width)
+        name = 'position_embedding'
+        if not self.has_variable('params', name):
+            return self.param(name, nn.initializers.normal(0.02), shape)
+        table = self.get_variable('params', name)  # `param` takes no other shape
+        return table if table.shape == shape else resample(table, rows, columns, has_cls)
+
+
+def resample(table: jax.Array, rows: int, columns: int, has_cls: bool) -> jax.Array:
+    """Learned positions of a square grid for another one, bicubic; CLS keeps its own.
+
+    Args:
+        table: [1, T, D], of T = S * S patches in row-major order, after that of CLS if has_cls.
+        rows, columns: patches in the grid.
+        has_cls: whether there is a CLS token.
+
+    Returns:
+        [1, rows * columns + has_cls, D].
+
+    Raises:
+        UserError: a table of another number of patches.
+
+    Source: DINO (Caron et al. 2021, arXiv:2104.14294), whose small crops see them so; like it
+    without a low-pass filter, because the embeddings of neighbours are smooth.
+    """
+    first, patches = table[:, : int(has_cls)], table[:, int(has_cls) :]
+    side = math.isqrt(patches.shape[1])
+    if side**2 != patches.shape[1]:
+        raise UserError(
+            f'config.model.position: got images of {rows} x {columns} patches, but learned the '
+            f'positions of {patches.shape[1]}; only those of a square grid can be resampled.'
+        )
+    grid = patches.reshape(1, side, side, -1)
+    shape = (1, rows, columns, grid.shape[-1])
+    grid = jax.image.resize(grid, shape, 'bicubic', antialias=False)
+    return jnp.concatenate([first, grid.reshape(1, rows * columns, -1)], axis=1)
 
 
 def make(
@@ -152,13 +239,20 @@ def make(
     pool: str = 'cls',
     position: str = 'sincos2d',
     mlp_ratio: float = 4.0,
+    drop_path: float = 0.0,
+    layer_scale: float | None = None,
+    freeze_patch_embedding: bool = False,
     remat: bool = False,
     dtype: str = 'float32',
 ) -> ViT:
     """A ViT for images whose height and width are multiples of `patch`, square or not.
 
-    Called as `module(x_BHWC, train)`, it returns features [B, D] after the final LayerNorm and
-    `{'patches': [B, N, D]}`, with `'cls': [B, D]` too if pool is 'cls'; all float32.
+    Called as `module(x_BHWC, train, mask)`, it returns features [B, D] after the final LayerNorm
+    and `{'patches': [B, N, D]}`, with `'cls': [B, D]` too if pool is 'cls'; all float32. A mask,
+    bool [B, N], is optional: where it is True a learned token, which starts at zero, takes the
+    place of the patch, before positions are added (BEiT, Bao et al. 2022, arXiv:2106.08254;
+    DINOv2, Oquab et al. 2024, arXiv:2304.07193). Only a module that is given one at
+    initialisation has the token.
 
     Args:
         size: 'Ti', 'S', 'B', 'L', or 'custom', which needs width, depth and heads.
@@ -166,16 +260,30 @@ def make(
             width is a multiple of heads, and of 4 with sincos2d.
         patch: side of a patch in pixels, at least 1.
         pool: 'cls' (features are the CLS token) or 'mean' (of the patches; there is no CLS token).
-        position: 'sincos2d' (fixed, see `sincos2d`; zeros for CLS), or 'learned' (initialised at
-            0.02; the number of patches is fixed by the first image).
+        position: 'sincos2d' (fixed, see `sincos2d`; zeros for CLS; smaller images have the first
+            rows and columns of larger ones), or 'learned' (initialised at 0.02, one for each patch
+            of the first images; those of a square grid are resampled for images of another number
+            of patches, see `resample`).
         mlp_ratio: hidden width of the MLP over width, above 0.
+        drop_path: stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training each image
+            skips each of the last block's two branches with this probability, in [0, 1), and what
+            it does not skip is scaled so that the expectation is the same; linear from 0 at the
+            first block. Only with a key for `models.apply`: without one nothing is skipped, as
+            DINO's teacher skips nothing.
+        layer_scale: initial value, above 0, of a learned factor for each channel of each branch
+            (CaiT, Touvron et al. 2021, arXiv:2103.17239, eq. 3: 0.1 to 1e-6); None: no such factor.
+        freeze_patch_embedding: the patch projection stays as it was initialised, which keeps ViTs
+            stable (MoCo v3, section 4.1). It is then in the module's stats, not in its params:
+            no gradient, no weight decay, no target network moves it.
         remat: keep no activations within a block but compute them again for the gradient: less
             memory, a third more time.
         dtype: of the computation, 'float32' or 'bfloat16'. Parameters, softmax, the statistics of
             LayerNorm and the results are float32 in both.
 
     Raises:
-        UserError: a value outside those, or (when called) images that do not divide into patches.
+        UserError: a value outside those, or (when called) images that do not divide into patches
+            or whose learned positions cannot be resampled.
+        ValueError: (when called) a mask that is not bool [B, N].
 
     Source: Dosovitskiy et al. 2021, arXiv:2010.11929; initialisation of MoCo v3 (Chen et al. 2021,
     arXiv:2104.02057).
@@ -188,9 +296,12 @@ def make(
         if key not in shape:
             raise UserError(f'{where}: size={size!r} needs the key {key!r}, which is not set.')
     numbers = shape | {'patch': patch, 'mlp_ratio': mlp_ratio}
+    numbers |= {} if layer_scale is None else {'layer_scale': layer_scale}
     for key, value in numbers.items():
         if value <= 0:
             raise UserError(f'{where}.{key}: got {value}; expected more than 0.')
+    if not 0 <= drop_path < 1:
+        raise UserError(f'{where}.drop_path: got {drop_path}; expected at least 0 and below 1.')
     width, heads = shape['width'], shape['heads']
     choose('position', position, dict.fromkeys(POSITIONS), where)
     choose('pool', pool, POOLS, where)
@@ -208,4 +319,7 @@ def make(
         position=position,
         remat=remat,
         dtype=choose('dtype', dtype, DTYPES, where),
+        drop_path=drop_path,
+        layer_scale=layer_scale,
+        freeze_patch_embedding=freeze_patch_embedding,
     )

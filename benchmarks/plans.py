@@ -1,0 +1,77 @@
+"""What shipped recipes need of slices that are not there, as JSON lines and as a table.
+
+    python benchmarks/plans.py OUT.jsonl [PART_OF_CONFIG_OR_TOPOLOGY ...] > plans.md
+
+Runs `python -m contrastive_jax.plan` for each case, one after the other, minutes each; plans that
+OUT.jsonl has already are not made again. TPUs need libtpu (the [tpu] extra), GPUs XLA's plugin for
+them; the command says how to install what is missing.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+CASES = {
+    'configs/simclr_vit.py:cifar10': ('v5e:2x4', 'v5p:2x2x2', 'h100:8'),
+    'configs/simclr_vit.py:imagenet': ('v5e:4x8', 'v6e:4x4', 'v4:2x2x4', 'h100:8', 'h100:4x8'),
+    'configs/simclr_vit.py:folder': ('v5e:2x4', 'h100:8'),
+    'configs/simclr_resnet.py:cifar10': ('v5e:2x4', 'v5p:2x2x2', 'h100:8'),
+    'configs/simclr_resnet.py:imagenet': ('v5e:4x8', 'v6e:4x4', 'v4:2x2x4', 'h100:8', 'h100:4x8'),
+    'configs/simclr_resnet.py:folder': ('v5e:2x4', 'h100:8'),
+}
+FOLDER = 100_000  # pictures that a folder is taken to have
+GiB = 2**30
+
+
+def planned(config: str, topology: str) -> dict:
+    command = [sys.executable, '-m', 'contrastive_jax.plan', '--json']
+    command += [f'--config={config}', f'--topology={topology}']
+    if config.endswith(':folder'):
+        command += [f'--images={FOLDER}']
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return {'config': config, **json.loads(out.stdout.splitlines()[-1])}
+
+
+def row(p: dict) -> str:
+    memory = f'{p["needed_bytes"] / GiB:.2f} of {p["hbm_bytes"] / GiB:.2f}'
+    cells = [f'`{pathlib.Path(p["config"]).name}`', p['topology'], f'{p["global_batch"]:,}', memory]
+    if 'seconds' in p:
+        s = {k: 1e3 * v for k, v in p['seconds'].items()}
+        cells += [
+            f'{p["model_flops"]:.3g}',
+            f'{p["program_flops"] / p["model_flops"]:.2f}',
+            f'{s["compute"]:.1f} / {s["memory"]:.1f} / {s["collectives"]:.1f}',
+            f'{p["images_per_second"]:,.0f}',
+            f'{p["hours"]:.1f}',
+        ]
+    else:
+        cells += ['does not compile', '', '', '', '']
+    fitting = [name for name, tried in p.get('remedies', {}).items() if tried['fits']]
+    cells.append('yes' if p['fits'] else 'no; with ' + ', or '.join(f'`{f}`' for f in fitting))
+    return '| ' + ' | '.join(cells) + ' |'
+
+
+def main() -> None:
+    out, *parts = sys.argv[1:]
+    path = pathlib.Path(out)
+    lines = path.read_text().splitlines() if path.exists() else []
+    done = {(p['config'], p['topology']): p for p in map(json.loads, lines)}
+    print(
+        '| config | slice | batch | GiB needed of a device | model FLOPs a step | program/model '
+        '| ms: compute / memory / collectives | images/s, roofline | hours | fits |'
+    )
+    print('|---|---|---|---|---|---|---|---|---|---|', flush=True)
+    for config, topologies in CASES.items():
+        for topology in topologies:
+            if parts and not any(part in f'{config} {topology}' for part in parts):
+                continue
+            if (config, topology) not in done:
+                done[config, topology] = planned(config, topology)
+                with path.open('a') as file:
+                    file.write(json.dumps(done[config, topology]) + '\n')
+            print(row(done[config, topology]), flush=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,86 @@
+"""What a method costs beyond its encoder: the time of a training step, as a ratio to SimCLR's.
+
+    python benchmarks/step_time.py [--preset=cifar10_small] [--only=moco,byol] [--steps=20]
+
+Every method's step of the preset, with one encoder and batch for all (the ResNet of SimCLR's
+config; a small ViT where a method needs tokens, beside SimCLR with that one), on random images that
+lie on the device. The methods take turns in one process; the table has the median step.
+"""
+
+import argparse
+import pathlib
+import runpy
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from contrastive_jax import parallel, program
+from contrastive_jax.config import UserError
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
+
+
+def load(name: str, preset: str):
+    return runpy.run_path(str(CONFIGS / f'{name}.py'))['get_config'](preset)
+
+
+def prepare(name: str, preset: str, model, batch: int, mesh) -> dict:
+    config = load(name, preset)
+    with config.unlocked():
+        config.model, config.batch_size = model, batch
+    built = program.build(config, mesh, 50_000)
+    rng = np.random.default_rng(0)
+
+    def random(x):
+        low, high = (0, 256) if x.dtype == np.uint8 else (0, 10)
+        return rng.integers(low, high, x.shape).astype(x.dtype)
+
+    data = parallel.shard_batch(mesh, jax.tree.map(random, built.batch))
+    state, _ = built.step(built.init(), data)
+    return {'step': built.step, 'state': state, 'data': data, 'times': []}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--preset', default='cifar10_small')
+    parser.add_argument('--only', default='', help='Configs, separated by commas.')
+    parser.add_argument('--steps', type=int, default=20)
+    args = parser.parse_args()
+    names = args.only.split(',') if args.only else sorted(p.stem for p in CONFIGS.glob('*.py'))
+    names = [n for n in names if not n.startswith('simclr')]
+    mesh = parallel.make_mesh()
+    resnet, tokens = (load(f'simclr_{m}', args.preset) for m in ('resnet', 'vit'))
+    tokens.model.pool = 'cls'
+    with jax.set_mesh(mesh):
+        runs, against = {}, {}
+        batch = resnet.batch_size
+        for name in ('simclr_resnet', 'simclr_vit', *names):
+            base = 'simclr_resnet'
+            if name == 'simclr_vit':
+                base = name
+            try:
+                model = (resnet if base == 'simclr_resnet' else tokens).model
+                runs[name] = prepare(name, args.preset, model, batch, mesh)
+            except UserError:
+                base = 'simclr_vit'
+                runs[name] = prepare(name, args.preset, tokens.model, batch, mesh)
+            against[name] = base
+        for _ in range(args.steps):
+            for run in runs.values():
+                start = time.perf_counter()
+                run['state'], metrics = run['step'](run['state'], run['data'])
+                jax.block_until_ready(metrics)
+                run['times'].append(time.perf_counter() - start)
+    middle = {name: statistics.median(run['times']) for name, run in runs.items()}
+    print(f'{batch} images, {args.steps} steps, {jax.devices()[0].device_kind} x {mesh.size}\n')
+    print('| method | ms a step | of SimCLR | with the encoder of |')
+    print('|---|---|---|---|')
+    for name, seconds in middle.items():
+        ratio = seconds / middle[against[name]]
+        print(f'| {name} | {1000 * seconds:.0f} | {ratio:.2f} | {against[name]} |')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,59 @@
+"""BYOL.
+
+    python -m contrastive_jax.main --config=configs/byol.py --workdir=runs/byol
+
+| preset | data | made for |
+|---|---|---|
+| `:digits` (the default) | scikit-learn's handwritten digits, embedded | 2 CPU cores, 3 minutes |
+| `:cifar10_small` | CIFAR-10 | 2 CPU cores, 5 minutes |
+| `:cifar10` | CIFAR-10 through TFDS | one GPU |
+| `:imagenet` | ImageNet through TFDS | a TPU or GPU slice |
+| `:folder` | your pictures: `--config.data.root=DIR` | one GPU |
+"""
+
+from contrastive_jax import config as config_lib
+from contrastive_jax import recipes
+from contrastive_jax.config import Config
+
+
+def digits(c: Config) -> None:
+    recipes.digits(c)
+    c.method = {'name': 'byol', 'momentum': 0.98, 'hidden': 256, 'projection': 64}
+
+
+def cifar10_small(c: Config) -> None:
+    recipes.cifar10_small(c, steps=950)
+    c.method = {'name': 'byol', 'momentum': 0.98, 'hidden': 512, 'projection': 128}
+
+
+def cifar10(c: Config) -> None:
+    """solo-learn's CIFAR-10 recipe."""
+    recipes.cifar10(c, epochs=1000.0, batch=256)
+    recipes.asymmetric(c)
+    del c.augment.blur
+    c.method = {'name': 'byol', 'momentum': 0.99}
+    c.optim = {
+        'name': 'lars',
+        'learning_rate': 1.0,
+        'weight_decay': 1e-5,
+        'warmup': 0.01,
+        'trust_coefficient': 0.02,
+    }
+
+
+def imagenet(c: Config) -> None:
+    """The authors' recipe for 300 epochs (byol/configs/byol.py of deepmind-research)."""
+    recipes.imagenet(c, epochs=300.0, batch=4096)
+    recipes.asymmetric(c)
+    c.method = {'name': 'byol', 'momentum': 0.99}
+    c.optim = {'name': 'lars', 'learning_rate': 0.3, 'weight_decay': 1e-6, 'warmup': 10 / 300}
+
+
+def folder(c: Config) -> None:
+    imagenet(c)
+    recipes.folder(c)
+
+
+def get_config(arg: str | None = None) -> Config:
+    presets = (digits, cifar10_small, cifar10, imagenet, folder)
+    return config_lib.preset({p.__name__: p for p in presets}, arg)

@@ -1,0 +1,90 @@
+"""DINO.
+
+    python -m contrastive_jax.main --config=configs/dino.py --workdir=runs/dino
+
+| preset | data | made for |
+|---|---|---|
+| `:digits` (the default) | scikit-learn's handwritten digits, embedded | 2 CPU cores, 3 minutes |
+| `:cifar10_small` | CIFAR-10 | 2 CPU cores, 5 minutes |
+| `:cifar10` | CIFAR-10 through TFDS | one GPU |
+| `:imagenet` | ImageNet through TFDS | a TPU or GPU slice |
+| `:folder` | your pictures: `--config.data.root=DIR` | one GPU |
+"""
+
+from contrastive_jax import config as config_lib
+from contrastive_jax import recipes
+from contrastive_jax.config import Config
+
+DINO_PROBS = {'blur': (1.0, 0.1, 0.5), 'solarize': (0.0, 0.2, 0.0)}
+
+
+def digits(c: Config) -> None:
+    recipes.digits_vit(c, steps=800, pool='cls')
+    recipes.multi_crop(c, scale=0.5, local=2, size=8)
+    c.data.local_scale = (0.2, 0.5)
+    c.method = {
+        'name': 'dino',
+        'prototypes': 512,
+        'hidden': 256,
+        'bottleneck': 64,
+        'momentum': 0.98,
+        'teacher_temperature': (0.04, 0.04),
+    }
+
+
+def cifar10_small(c: Config) -> None:
+    recipes.cifar10_small(c, steps=950)
+    c.method = {
+        'name': 'dino',
+        'prototypes': 1024,
+        'hidden': 512,
+        'bottleneck': 128,
+        'momentum': 0.98,
+        'teacher_temperature': (0.04, 0.04),
+        'batch_norm': True,
+    }
+
+
+def cifar10(c: Config) -> None:
+    """solo-learn's CIFAR-10 recipe: two views, no local ones."""
+    recipes.cifar10(c, epochs=1000.0, batch=256)
+    recipes.asymmetric(c)
+    del c.augment.blur
+    c.method = {'name': 'dino', 'prototypes': 4096, 'momentum': 0.9995, 'batch_norm': True}
+    c.optim = {
+        'name': 'lars',
+        'learning_rate': 0.3,
+        'weight_decay': 1e-6,
+        'warmup': 0.01,
+        'trust_coefficient': 0.02,
+    }
+
+
+def imagenet(c: Config) -> None:
+    """ViT-S/16 for 800 epochs (main_dino.py and README of the authors' code)."""
+    recipes.imagenet_vit(c, epochs=800.0, batch=1024)
+    recipes.asymmetric(c)
+    for op, prob in DINO_PROBS.items():
+        c.augment[op].prob = prob
+    recipes.multi_crop(c, scale=0.4, local=8, size=96)
+    c.model.update({'position': 'learned', 'drop_path': 0.1})
+    c.method = {'name': 'dino', 'sharpen': 30 / 800, 'frozen': 1 / 800}
+    c.optim = {
+        'name': 'adamw',
+        'learning_rate': 5e-4,
+        'weight_decay': 0.04,
+        'final_weight_decay': 0.4,
+        'warmup': 10 / 800,
+        'final_fraction': 1e-6 / 2e-3,
+        'clip_norm': 3.0,
+    }
+
+
+def folder(c: Config) -> None:
+    imagenet(c)
+    recipes.folder(c)
+
+
+def get_config(arg: str | None = None) -> Config:
+    presets = (digits, cifar10_small, cifar10, imagenet, folder)
+    return config_lib.preset({p.__name__: p for p in presets}, arg)

@@ -1,0 +1,75 @@
+"""MoCo v3.
+
+    python -m contrastive_jax.main --config=configs/moco_v3.py --workdir=runs/moco_v3
+
+| preset | data | made for |
+|---|---|---|
+| `:digits` (the default) | scikit-learn's handwritten digits, embedded | 2 CPU cores, 3 minutes |
+| `:cifar10_small` | CIFAR-10 | 2 CPU cores, 5 minutes |
+| `:cifar10` | CIFAR-10 through TFDS | one GPU |
+| `:imagenet` | ImageNet through TFDS | a TPU or GPU slice |
+| `:imagenet_resnet` | the same; ResNet-50 | a TPU or GPU slice |
+| `:folder` | your pictures: `--config.data.root=DIR` | one GPU |
+"""
+
+from contrastive_jax import config as config_lib
+from contrastive_jax import recipes
+from contrastive_jax.config import Config
+
+
+def digits(c: Config) -> None:
+    recipes.digits_vit(c)
+    c.method = {'name': 'moco_v3', 'temperature': 0.3, 'hidden': 256, 'projection': 64}
+
+
+def cifar10_small(c: Config) -> None:
+    recipes.cifar10_small(c, steps=1000)
+    c.method = {'name': 'moco_v3', 'temperature': 0.2, 'hidden': 512, 'projection': 128}
+
+
+def cifar10(c: Config) -> None:
+    """solo-learn's CIFAR-10 recipe."""
+    recipes.cifar10(c, epochs=1000.0, batch=256)
+    recipes.asymmetric(c)
+    del c.augment.blur
+    c.method = {'name': 'moco_v3', 'layers': 2, 'predictor_batch_norm': False}
+    c.optim = {
+        'name': 'lars',
+        'learning_rate': 0.3,
+        'weight_decay': 1e-6,
+        'warmup': 0.01,
+        'trust_coefficient': 0.02,
+    }
+
+
+def imagenet(c: Config) -> None:
+    """ViT-S (CONFIG.md of the authors' code); 12 heads and random patch projection as there."""
+    recipes.imagenet_vit(c, epochs=300.0, batch=4096)
+    recipes.asymmetric(c)
+    c.model.update({'heads': 12, 'freeze_patch_embedding': True})
+    c.method = {'name': 'moco_v3', 'temperature': 0.2}
+    c.optim = {'name': 'adamw', 'learning_rate': 1.5e-4, 'weight_decay': 0.1, 'warmup': 40 / 300}
+
+
+def imagenet_resnet(c: Config) -> None:
+    """ResNet-50 for 300 epochs (CONFIG.md of the authors' code)."""
+    recipes.imagenet(c, epochs=300.0, batch=4096)
+    recipes.asymmetric(c)
+    c.data.crop.scale = (0.2, 1.0)
+    c.method = {
+        'name': 'moco_v3',
+        'temperature': 1.0,
+        'layers': 2,
+        'predictor_batch_norm': False,
+    }
+    c.optim = {'name': 'lars', 'learning_rate': 0.3, 'weight_decay': 1e-6, 'warmup': 10 / 300}
+
+
+def folder(c: Config) -> None:
+    imagenet(c)
+    recipes.folder(c)
+
+
+def get_config(arg: str | None = None) -> Config:
+    presets = (digits, cifar10_small, cifar10, imagenet, imagenet_resnet, folder)
+    return config_lib.preset({p.__name__: p for p in presets}, arg)

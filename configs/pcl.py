@@ -1,0 +1,73 @@
+"""PCL v2.
+
+    python -m contrastive_jax.main --config=configs/pcl.py --workdir=runs/pcl
+
+| preset | data | made for |
+|---|---|---|
+| `:digits` (the default) | scikit-learn's handwritten digits, embedded | 2 CPU cores, 3 minutes |
+| `:cifar10_small` | CIFAR-10 | 2 CPU cores, 5 minutes |
+| `:cifar10` | CIFAR-10 through TFDS | one GPU |
+| `:imagenet` | ImageNet through TFDS | a TPU or GPU slice |
+| `:folder` | your pictures: `--config.data.root=DIR` | one GPU |
+"""
+
+from contrastive_jax import config as config_lib
+from contrastive_jax import recipes
+from contrastive_jax.config import Config
+
+SMALL = {'name': 'pcl', 'momentum': 0.99, 'hidden': 512, 'projection': 128, 'iterations': 20}
+
+
+def digits(c: Config) -> None:
+    recipes.digits(c)
+    c.method = {
+        **SMALL,
+        'temperature': 0.2,
+        'queue': 512,
+        'clusters': (20, 40, 80),
+        'warmup': 0.2,
+    }
+
+
+def cifar10_small(c: Config) -> None:
+    """Two E-steps, after each epoch."""
+    recipes.cifar10_small(c, steps=1600)
+    c.method = {
+        **SMALL,
+        'temperature': 0.1,
+        'queue': 4096,
+        'clusters': (250, 500, 1000),
+        'warmup': 0.0,
+    }
+
+
+def cifar10(c: Config) -> None:
+    """MoCo's CIFAR-10 notebook with the ImageNet recipe's ratio of images to clusters."""
+    recipes.cifar10(c, epochs=200.0, batch=512)
+    c.method = {
+        'name': 'pcl',
+        'temperature': 0.1,
+        'momentum': 0.99,
+        'queue': 4096,
+        'clusters': (1000, 2000, 4000),
+        'negatives': 0,
+    }
+    c.optim = {'name': 'sgd', 'learning_rate': 0.03, 'weight_decay': 5e-4}
+
+
+def imagenet(c: Config) -> None:
+    """The authors' command (README and main_pcl.py of salesforce/PCL)."""
+    recipes.imagenet(c, epochs=200.0, batch=256)
+    recipes.moco_v2(c)
+    c.method = {'name': 'pcl'}
+    c.optim = {'name': 'sgd', 'learning_rate': 0.03, 'weight_decay': 1e-4}
+
+
+def folder(c: Config) -> None:
+    imagenet(c)
+    recipes.folder(c)
+
+
+def get_config(arg: str | None = None) -> Config:
+    presets = (digits, cifar10_small, cifar10, imagenet, folder)
+    return config_lib.preset({p.__name__: p for p in presets}, arg)

@@ -1,0 +1,63 @@
+"""BYOL (Grill et al. 2020, https://arxiv.org/abs/2006.07733, section 3.1).
+
+A predictor on top of the network foretells what a slowly moving copy of it says of the other view;
+there are no negatives.
+"""
+
+import jax
+
+from contrastive_jax import memory, models
+from contrastive_jax.heads import MLP
+from contrastive_jax.losses import cosine_distance, output_std
+from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.network import Network, check_numbers, check_views
+
+
+def make(
+    model: models.Encoder,
+    *,
+    momentum: float = 0.996,
+    projection: int = 256,
+    hidden: int = 4096,
+) -> Method:
+    """BYOL around an encoder.
+
+    Args:
+        model: the encoder.
+        momentum: of the target at the start, from 0 to 1; it rises to 1 by a cosine.
+        projection: dimensions that are predicted.
+        hidden: width of the hidden layers of projector and predictor.
+    """
+    check_numbers('byol', momentum=momentum)
+    # The predictor's BatchNorm keeps gradients from a bias in front of it, so Adam would let it
+    # wander, and the targets with it.
+    projector = MLP(hidden, projection, last_bias=False)
+    network = Network(model, projector=projector, predictor=MLP(hidden, projection))
+
+    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
+        del records
+        params, stats = network.init(key, batch['views'][:, 0])
+        return params, {
+            'stats': stats,
+            'target': memory.target(params, stats, ('encoder', 'projector')),
+        }
+
+    def loss(
+        params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+        del progress
+        check_views('byol', batch['views'], 2)
+        out, stats = network.views(params, extra['stats'], batch['views'], key=key)
+        target = extra['target']
+        aims, target_stats = network.views(target['params'], target['stats'], batch['views'])
+        p_BVD, z_BVD = out['predictor'], jax.lax.stop_gradient(aims['projector'])
+        value = cosine_distance(p_BVD[:, 0], z_BVD[:, 1])
+        value += cosine_distance(p_BVD[:, 1], z_BVD[:, 0])
+        target = {'params': target['params'], 'stats': target_stats}
+        metrics = {'output_std': output_std(out['projector'][:, 0])}
+        return value, ({'stats': stats, 'target': target}, metrics)
+
+    def after(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
+        return memory.move(extra, params, memory.cosine(progress, momentum, 1.0))
+
+    return Method(init, loss, network.encode, after)

@@ -1,0 +1,97 @@
+"""DINO (Caron et al. 2021, https://arxiv.org/abs/2104.14294, Algorithm 1), with multi-crop.
+
+A student predicts, from every crop, what a slowly moving teacher says of the two global ones. The
+teacher's outputs are centred, which alone would spread them evenly, and sharpened, which alone
+would put all on one output. Evaluators see the teacher.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_jax import losses, memory, models
+from contrastive_jax.heads import DINOHead
+from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.network import Network, check_numbers, hold, join_crops
+
+
+def make(
+    model: models.Encoder,
+    *,
+    temperature: float = 0.1,
+    teacher_temperature: tuple[float, float] = (0.04, 0.07),
+    sharpen: float = 0.1,
+    momentum: float = 0.996,
+    centre_momentum: float = 0.9,
+    frozen: float = 0.01,
+    prototypes: int = 65536,
+    hidden: int = 2048,
+    bottleneck: int = 256,
+    batch_norm: bool = False,
+) -> Method:
+    """DINO around an encoder, for two views and any number of local ones.
+
+    Args:
+        model: the encoder.
+        temperature: τ_s of the student, > 0.
+        teacher_temperature: τ_t of the teacher, > 0: at the start, and after `sharpen`.
+        sharpen: share of the run in which τ_t rises linearly.
+        momentum: of the teacher at the start, from 0 to 1; it rises to 1 by a cosine.
+        centre_momentum: of the centre, from 0 to 1.
+        frozen: share of the run in which the head's last layer does not learn (1 epoch).
+        prototypes: K, the head's outputs.
+        hidden: width of the head's hidden layers.
+        bottleneck: dimensions in front of the last layer.
+        batch_norm: in the head.
+    """
+    check_numbers(
+        'dino',
+        ('temperature', 'teacher_temperature'),
+        temperature=temperature,
+        teacher_temperature=min(teacher_temperature),
+        sharpen=sharpen,
+        frozen=frozen,
+    )
+    network = Network(model, head=DINOHead(prototypes, hidden, bottleneck, batch_norm=batch_norm))
+
+    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
+        del records
+        params, stats = network.init(key, batch['views'][:, 0])
+        return params, {
+            'stats': stats,
+            'target': memory.target(params, stats, ('encoder', 'head')),
+            'centre': jnp.zeros(prototypes),
+        }
+
+    def loss(
+        params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+        last = hold(params['head']['last'], progress < frozen)
+        params = {**params, 'head': {**params['head'], 'last': last}}
+        out, stats = join_crops('dino', network, params, extra['stats'], batch, key)
+        target = extra['target']
+        taught, target_stats = network.views(target['params'], target['stats'], batch['views'])
+        tau = memory.ramp(progress, *teacher_temperature, share=sharpen)
+        targets_BGK = losses.teacher(taught['head'], extra['centre'], tau)
+        value = losses.swapped(targets_BGK, out['head'], temperature=temperature)
+        extra = {
+            'stats': stats,
+            'target': {'params': target['params'], 'stats': target_stats},
+            'centre': losses.centre(taught['head'], extra['centre'], centre_momentum),
+        }
+        # The two ways to collapse: an entropy of log K (evenly spread) or of 0 (one output).
+        entropy = -jnp.mean(jnp.sum(jax.scipy.special.xlogy(targets_BGK, targets_BGK), axis=-1))
+        metrics = {
+            'teacher_entropy': entropy,
+            'output_std': losses.output_std(out['encoder'][:, 0]),
+        }
+        return value, (extra, metrics)
+
+    def encode(params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
+        del params
+        target = extra['target']
+        return network.features(target['params'], target['stats'], batch['image'])
+
+    def after(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
+        return memory.move(extra, params, memory.cosine(progress, momentum, 1.0))
+
+    return Method(init, loss, encode, after)

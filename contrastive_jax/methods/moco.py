@@ -1,0 +1,98 @@
+"""MoCo v1 (He et al. 2020, https://arxiv.org/abs/1911.05722, Algorithm 1) and v2 (Chen et al. 2020,
+https://arxiv.org/abs/2003.04297).
+
+A query is compared with its key, which a slowly moving copy of the network makes of another view,
+and with a queue of earlier keys. v2 adds a hidden layer to the head; the rest of v2 (blur, cosine
+schedule, temperature) is in the config.
+
+BatchNorm would give the answer away: a batch's keys carry that batch's statistics and the queue's
+carry others'. The authors shuffle the keys among GPUs, whose statistics differ. Here BatchNorm is
+over the global batch, so there is nothing to shuffle between; instead the keys are normalised by
+running averages, which follow the query network's as its weights do (EMAN, Cai et al. 2021,
+https://arxiv.org/abs/2101.08482): a key then depends on its own image alone.
+"""
+
+import jax
+
+from contrastive_jax import memory, models
+from contrastive_jax.config import choose
+from contrastive_jax.heads import MLP
+from contrastive_jax.losses import info_nce, unit
+from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.network import Network, check_numbers, check_views
+
+MODULES = ('encoder', 'projector')
+
+
+def make(
+    model: models.Encoder,
+    *,
+    temperature: float = 0.2,
+    momentum: float = 0.999,
+    queue: int = 65536,
+    projection: int = 128,
+    hidden: int = 2048,
+    layers: int = 2,
+    symmetric: bool = False,
+    key_norm: str = 'running',
+) -> Method:
+    """MoCo around an encoder; the defaults are v2's, `layers=1, temperature=0.07` are v1's.
+
+    Args:
+        model: the encoder.
+        temperature: τ of InfoNCE, > 0.
+        momentum: m of the key network, from 0 to 1.
+        queue: K, keys that are kept, at least 1.
+        projection: dimensions of queries and keys.
+        hidden: width of the head's hidden layer.
+        layers: of the head: 1 (v1) or 2 (v2); no BatchNorm in it.
+        symmetric: each view is query and key in turn, as in the authors' CIFAR-10 notebook.
+        key_norm: statistics of the key network's BatchNorm: 'running' (see above) or 'batch',
+            those of the batch, for comparison.
+    """
+    check_numbers('moco', ('temperature', 'queue'), temperature=temperature, queue=queue)
+    by_batch = choose('key_norm', key_norm, {'running': False, 'batch': True}, 'config.method')
+    head = MLP(hidden, projection, layers=layers, batch_norm=False)
+    network = Network(model, projector=head)
+
+    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
+        del records
+        key, queue_key = jax.random.split(key)
+        params, stats = network.init(key, batch['views'][:, 0])
+        return params, {
+            'stats': stats,
+            'target': memory.target(params, stats, MODULES),
+            'queue': memory.queue(queue_key, queue, projection),
+        }
+
+    def loss(
+        params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+        del progress
+        views = batch['views']
+        check_views('moco', views, 2)
+        to_query, to_key = (views, views[:, ::-1]) if symmetric else (views[:, :1], views[:, 1:])
+        out, stats = network.views(params, extra['stats'], to_query, key=key)
+        target = extra['target']
+        keys, target_stats = network.views(
+            target['params'], target['stats'], to_key, train=by_batch
+        )
+        query_RD = out['projector'].reshape(-1, projection)
+        key_RD = jax.lax.stop_gradient(unit(keys['projector'].reshape(-1, projection)))
+        value = info_nce(query_RD, key_RD, extra['queue'], temperature=temperature)
+        extra = {
+            'stats': stats,
+            'target': {'params': target['params'], 'stats': target_stats},
+            'queue': memory.enqueue(extra['queue'], key_RD),
+        }
+        return value, (extra, {})
+
+    def after(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
+        del progress
+        extra = memory.move(extra, params, momentum)
+        if not by_batch:
+            stats = memory.follow(extra['target']['stats'], extra['stats'], momentum)
+            extra['target']['stats'] = stats
+        return extra
+
+    return Method(init, loss, network.encode, after)

@@ -1,0 +1,53 @@
+"""SupCon (Khosla et al. 2020, https://arxiv.org/abs/2004.11362, eqs. 2 and 3).
+
+SimCLR with labels: every view of an image with the same label is a positive.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_jax import losses, models
+from contrastive_jax.heads import MLP
+from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.network import Network, check_numbers
+
+
+def make(
+    model: models.Encoder,
+    *,
+    temperature: float = 0.1,
+    log: str = 'out',
+    projection: int = 128,
+    hidden: int = 2048,
+    batch_norm: bool = False,
+) -> Method:
+    """SupCon around an encoder, for any number of views.
+
+    Args:
+        model: the encoder.
+        temperature: τ, > 0.
+        log: 'out' (L_out, the better one in the paper) or 'in' (L_in).
+        projection: dimensions of the space that views are compared in.
+        hidden: width of the projector's hidden layer.
+        batch_norm: in the projector; the authors use none.
+    """
+    check_numbers('sup_con', ('temperature',), temperature=temperature)
+    network = Network(model, projector=MLP(hidden, projection, batch_norm=batch_norm))
+
+    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
+        del records
+        params, stats = network.init(key, batch['views'][:, 0])
+        return params, {'stats': stats}
+
+    def loss(
+        params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+        del progress
+        out, stats = network.views(params, extra['stats'], batch['views'], key=key)
+        # An image without a label is a class of its own.
+        label_B = batch['label']
+        label_B = jnp.where(label_B < 0, -1 - jnp.arange(len(label_B)), label_B)
+        value = losses.sup_con(out['projector'], label_B, temperature, log=log)
+        return value, ({'stats': stats}, {})
+
+    return Method(init, loss, network.encode)

@@ -1,0 +1,106 @@
+"""SwAV (Caron et al. 2020, https://arxiv.org/abs/2006.09882, Algorithm 1), with multi-crop.
+
+Views are compared by their assignments to learned prototypes, not by their embeddings: each view
+predicts the assignment of the other. Sinkhorn's iterations spread the assignments of the global
+batch evenly over the prototypes, so that nothing collapses.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from contrastive_jax import losses, memory, models
+from contrastive_jax.heads import MLP, Prototypes
+from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.network import Network, check_numbers, hold, join_crops
+
+GLOBAL = 2  # views whose assignments are predicted
+
+
+def make(
+    model: models.Encoder,
+    *,
+    temperature: float = 0.1,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    prototypes: int = 3000,
+    frozen: float = 0.0,
+    queue: int = 0,
+    queue_from: float = 0.0,
+    projection: int = 128,
+    hidden: int = 2048,
+) -> Method:
+    """SwAV around an encoder, for two views and any number of local ones.
+
+    Paper: prototypes are scaled to length 1 after every step; here: within the forward pass.
+
+    Args:
+        model: the encoder.
+        temperature: τ of the prediction, > 0.
+        epsilon: ε of the assignments' entropy, > 0.
+        iterations: of Sinkhorn's algorithm, at least 1.
+        prototypes: K.
+        frozen: share of the run in which the prototypes do not learn.
+        queue: earlier images that take part in the assignments; 0: none. For batches that are
+            small beside the number of prototypes.
+        queue_from: share of the run after which they do.
+        projection: dimensions of the embeddings.
+        hidden: width of the projector's hidden layer.
+    """
+    check_numbers(
+        'swav',
+        ('temperature', 'epsilon', 'iterations'),
+        temperature=temperature,
+        epsilon=epsilon,
+        iterations=iterations,
+        frozen=frozen,
+        queue=queue,
+        queue_from=queue_from,
+    )
+    head = Prototypes(prototypes)
+    network = Network(model, projector=MLP(hidden, projection), prototypes=head)
+
+    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
+        del records
+        params, stats = network.init(key, batch['views'][:, 0])
+        extra = {'stats': stats}
+        if queue:
+            extra['queue'] = jnp.zeros((queue, GLOBAL, projection))
+        return params, extra
+
+    def assign(params: Tree, extra: Tree, z_BGD: jax.Array, scores_BGK: jax.Array, progress):
+        """Each view's assignments; a queued image counts once it is there and the time has come."""
+        how = {'temperature': epsilon, 'iterations': iterations}
+        if not queue:
+            each = [losses.sinkhorn(scores_BGK[:, g], **how) for g in range(GLOBAL)]
+            return jnp.stack(each, axis=1)
+        queued_KGD = extra['queue']
+        flat = rearrange(queued_KGD, 'k g d -> (k g) d')
+        queued, _ = models.apply(head, params['prototypes'], {}, flat, train=False)
+        queued = rearrange(queued, '(k g) p -> k g p', g=GLOBAL)
+        there = (queued_KGD != 0).any(axis=(1, 2)) & (progress >= queue_from)
+        counts = jnp.concatenate([jnp.ones(len(z_BGD)), there.astype(jnp.float32)])
+        scores = jnp.concatenate([scores_BGK, queued])
+        each = [losses.sinkhorn(scores[:, g], weights_B=counts, **how) for g in range(GLOBAL)]
+        return jnp.stack(each, axis=1)[: len(z_BGD)]
+
+    def loss(
+        params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+        params = {**params, 'prototypes': hold(params['prototypes'], progress < frozen)}
+        out, stats = join_crops('swav', network, params, extra['stats'], batch, key)
+        scores_BVK, z_BGD = out['prototypes'], out['projector'][:, :GLOBAL]
+        targets_BGK = assign(params, extra, z_BGD, scores_BVK[:, :GLOBAL], progress)
+        value = losses.swapped(targets_BGK, scores_BVK, temperature=temperature)
+        new = {'stats': stats}
+        if queue:
+            new['queue'] = memory.enqueue(extra['queue'], z_BGD)
+        used = rearrange(targets_BGK, 'b g k -> (b g) k').mean(0)
+        metrics = {
+            'output_std': losses.output_std(z_BGD[:, 0]),
+            # e^entropy of the mean assignment: how many prototypes are in use.
+            'prototypes_used': jnp.exp(-jnp.sum(jax.scipy.special.xlogy(used, used))),
+        }
+        return value, (new, metrics)
+
+    return Method(init, loss, network.encode)

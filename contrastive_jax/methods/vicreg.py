@@ -1,0 +1,52 @@
+"""VICReg (Bardes et al. 2022, https://arxiv.org/abs/2105.04906, eqs. 1 to 6).
+
+Views agree (invariance) while every dimension keeps its variance and no two are correlated
+(covariance), both over the global batch.
+"""
+
+import jax
+
+from contrastive_jax import losses, models
+from contrastive_jax.heads import MLP
+from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.network import Network, check_numbers, check_views
+
+
+def make(
+    model: models.Encoder,
+    *,
+    invariance: float = 25.0,
+    variance: float = 25.0,
+    covariance: float = 1.0,
+    projection: int = 8192,
+    hidden: int = 8192,
+) -> Method:
+    """VICReg around an encoder.
+
+    Args:
+        model: the encoder.
+        invariance, variance, covariance: weights of the three terms, at least 0.
+        projection: dimensions of the embeddings.
+        hidden: width of the expander's two hidden layers.
+    """
+    weights = {'invariance': invariance, 'variance': variance, 'covariance': covariance}
+    check_numbers('vicreg', (), **weights)
+    network = Network(model, projector=MLP(hidden, projection, layers=3))
+
+    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
+        del records
+        params, stats = network.init(key, batch['views'][:, 0])
+        return params, {'stats': stats}
+
+    def loss(
+        params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+        del progress
+        check_views('vicreg', batch['views'], 2)
+        out, stats = network.views(params, extra['stats'], batch['views'], key=key)
+        z_BVD = out['projector']
+        value, terms = losses.vicreg(z_BVD[:, 0], z_BVD[:, 1], **weights)
+        metrics = {**terms, 'output_std': losses.output_std(z_BVD[:, 0])}
+        return value, ({'stats': stats}, metrics)
+
+    return Method(init, loss, network.encode)

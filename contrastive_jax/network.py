@@ -1,0 +1,148 @@
+"""Named modules in a row: what most methods train is an encoder, a projector and maybe a predictor.
+
+Dimension key: B batch, V views, H W image, D outputs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from contrastive_jax import models
+from contrastive_jax.config import UserError
+from contrastive_jax.method import Batch, Tree
+
+
+class Network:
+    """The encoder and the heads after it, each on the output of the one before.
+
+    Parameters and BatchNorm averages are dicts by module name. BatchNorm sees all views of a call
+    together, as in SimCLR's code.
+    """
+
+    def __init__(self, encoder: models.Encoder, **heads: Any):
+        self.encoder, self.heads = encoder, heads
+
+    def init(self, key: jax.Array, images_BHWC: jax.Array, **inputs: Any) -> tuple[Tree, Tree]:
+        """`(params, stats)`; inputs are the encoder's other ones."""
+        keys = iter(jax.random.split(key, 1 + len(self.heads)))
+        images_BHWC = images_BHWC.astype(jnp.float32)
+        params, stats = {}, {}
+        params['encoder'], stats['encoder'] = models.init(
+            self.encoder, next(keys), images_BHWC, **inputs
+        )
+        x_BD = self.features(params, stats, images_BHWC)['features']
+        for name, head in self.heads.items():
+            params[name], stats[name] = models.init(head, next(keys), x_BD)
+            x_BD, _ = models.apply(head, params[name], stats[name], x_BD, train=False)
+        return params, stats
+
+    def __call__(
+        self,
+        params: Tree,
+        stats: Tree,
+        images_BHWC: jax.Array,
+        *,
+        train: bool = True,
+        key: jax.Array | None = None,
+        **inputs: Any,
+    ) -> tuple[dict[str, Any], Tree]:
+        """Runs the heads that params hold.
+
+        Args:
+            params, stats: those of `init`, or of its first modules alone.
+            images_BHWC: float, normalised.
+            train: BatchNorm by the batch's statistics, not by the averages; stochastic depth.
+            key: for what the encoder draws.
+            **inputs: the encoder's other ones.
+
+        Returns:
+            The output of every module by its name, the encoder's intermediates as 'named', and the
+            averages after this call.
+        """
+        (x_BD, named), encoder_stats = models.apply(
+            self.encoder, params['encoder'], stats['encoder'], images_BHWC, train, key=key, **inputs
+        )
+        outputs, new = {'encoder': x_BD, 'named': named}, {'encoder': encoder_stats}
+        for name, head in self.heads.items():
+            if name in params:
+                x_BD, new[name] = models.apply(head, params[name], stats[name], x_BD, train)
+                outputs[name] = x_BD
+        return outputs, new
+
+    def views(
+        self, params: Tree, stats: Tree, views_BVHWC: jax.Array, **options: Any
+    ) -> tuple[dict[str, Any], Tree]:
+        """As a call, of all views at once: the outputs lead with [B, V]."""
+        V = views_BVHWC.shape[1]
+        # (b v): the views of one image stay on one device.
+        images = rearrange(views_BVHWC, 'b v h w c -> (b v) h w c')
+        outputs, stats = self(params, stats, images, **options)
+        outputs = jax.tree.map(lambda x: x.reshape(-1, V, *x.shape[1:]), outputs)
+        return outputs, stats
+
+    def features(self, params: Tree, stats: Tree, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+        """What evaluators see: the encoder's features and intermediates."""
+        (features, named), _ = models.apply(
+            self.encoder, params['encoder'], stats['encoder'], images_BHWC, train=False
+        )
+        return {'features': features, **named}
+
+    def encode(self, params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
+        """`Method.encode` of a method whose `extra` holds this network's averages as 'stats'."""
+        return self.features(params, extra['stats'], batch['image'])
+
+
+def check_views(method: str, views_BVHWC: jax.Array, count: int) -> None:
+    """Raises UserError unless there are `count` views of every image."""
+    if views_BVHWC.shape[1] != count:
+        raise UserError(
+            f'config.data.views: got {views_BVHWC.shape[1]}; {method} needs {count} an image.'
+        )
+
+
+def check_numbers(method: str, positive: Sequence[str] = (), **numbers: float) -> None:
+    """Raises UserError for a number that is negative, or not above 0 if `positive` names it."""
+    for name, value in numbers.items():
+        if not (value > 0 or (value == 0 and name not in positive)):
+            expected = 'a number > 0' if name in positive else 'a number of at least 0'
+            raise UserError(f'config.method.{name}: got {value}; {method} expects {expected}.')
+
+
+def join_crops(
+    method: str,
+    network: Network,
+    params: Tree,
+    stats: Tree,
+    batch: Batch,
+    key: jax.Array,
+    **inputs: Any,
+) -> tuple[dict[str, Any], Tree]:
+    """A network's outputs of the two global views and, behind them, of the local ones.
+
+    Args:
+        method: the name for errors.
+        network, params, stats: see `Network`.
+        batch: 'views' and maybe 'local_views'.
+        key: for what the encoder draws.
+        **inputs: the encoder's, with the global views alone.
+
+    Returns:
+        Outputs [B, V + L, ...] of encoder and heads; 'named' is the global views' alone. BatchNorm
+        sees each size of crop by itself.
+    """
+    check_views(method, batch['views'], 2)
+    keys = jax.random.split(key)
+    out, stats = network.views(params, stats, batch['views'], key=keys[0], **inputs)
+    if 'local_views' in batch:
+        local, stats = network.views(params, stats, batch['local_views'], key=keys[1])
+        for name in out.keys() - {'named'}:
+            out[name] = jnp.concatenate([out[name], local[name]], axis=1)
+    return out, stats
+
+
+def hold(tree: Tree, when: jax.Array) -> Tree:
+    """The same values, without a gradient where `when` holds."""
+    return jax.tree.map(lambda x: jnp.where(when, jax.lax.stop_gradient(x), x), tree)

@@ -1,0 +1,126 @@
+"""What the recipes of several methods share: data, views, encoder and evaluators.
+
+A file of `configs/` calls one of these and then sets what is its method's own.
+"""
+
+from contrastive_jax import config as config_lib
+from contrastive_jax.config import Config
+
+# SimCLR, appendix A: strength 1 for ImageNet, 0.5 and no blur for CIFAR-10.
+JITTER = {'prob': 0.8, 'brightness': 0.8, 'contrast': 0.8, 'saturation': 0.8, 'hue': 0.2}
+HALF_JITTER = {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.4, 'hue': 0.1}
+# BYOL, appendix B, table 6; MoCo v3, Barlow Twins, VICReg and DINO use it, too.
+BYOL_JITTER = {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.2, 'hue': 0.1}
+# 4 × 4 patches, then two blocks: 0.7 M parameters, most of whose work are large matrix products.
+# Blocks that start as the identity learn too slowly for so few steps.
+SMALL_RESNET = {
+    'name': 'resnet',
+    'stem': 'patch',
+    'widths': (96, 192),
+    'blocks': (1, 1),
+    'zero_init_last': False,
+}
+
+
+def digits(c: Config, steps: int = 1000) -> None:
+    """The embedded digits on 2 CPU cores, in about 3 minutes."""
+    config_lib.dataset(c, 'digits')
+    c.total_steps, c.batch_size = steps, 64
+    c.log_every, c.checkpoint_every = 100, 500
+    # No flips: a mirrored 2 is no digit.
+    c.data.crop = {'scale': (0.5, 1.0), 'interpolation': 'bicubic', 'flip': 0.0}
+    c.augment = {
+        'jitter': {'prob': 0.8, 'brightness': 0.2, 'contrast': 0.4},
+        'cutout': {'prob': 0.5},
+    }
+    c.model = SMALL_RESNET
+    c.optim = {'name': 'adamw', 'learning_rate': 8e-3, 'weight_decay': 0.05, 'warmup': 0.1}
+    c.evals = {'knn': {'k': 20, 'temperature': 0.07}, 'linear': {}}
+
+
+def digits_vit(c: Config, steps: int = 1000, pool: str = 'mean') -> None:
+    """The same with a small ViT."""
+    digits(c, steps)
+    c.model = {'name': 'vit', 'width': 96, 'depth': 4, 'heads': 3, 'patch': 4, 'pool': pool}
+
+
+def cifar10_small(c: Config, steps: int) -> None:
+    """For few steps: small batches, crops not too small, colours that keep more of themselves."""
+    config_lib.dataset(c, 'cifar10')
+    c.total_steps, c.batch_size = steps, 64
+    c.log_every, c.checkpoint_every = 100, 500
+    c.data.crop.scale = (0.2, 1.0)
+    jitter = {**HALF_JITTER, 'saturation': 0.2, 'hue': 0.05}
+    c.augment = {'jitter': jitter, 'grayscale': {'prob': 0.2}}
+    c.model = SMALL_RESNET
+    c.optim = {'name': 'adamw', 'learning_rate': 8e-3, 'weight_decay': 0.05, 'warmup': 0.05}
+    c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
+
+
+def cifar10_small_vit(c: Config, steps: int, pool: str = 'mean') -> None:
+    """The same with a small ViT."""
+    cifar10_small(c, steps)
+    c.model = {'name': 'vit', 'width': 192, 'depth': 4, 'heads': 3, 'patch': 8, 'pool': pool}
+    c.optim.learning_rate = 4e-3
+
+
+def cifar10(c: Config, epochs: float, batch: int) -> None:
+    """CIFAR-10 with SimCLR's views for it and a ResNet-18, on one GPU."""
+    config_lib.dataset(c, 'cifar10')
+    c.total_epochs, c.batch_size = epochs, batch
+    c.eval_every = 10_000
+    c.augment = {'jitter': HALF_JITTER, 'grayscale': {'prob': 0.2}}
+    c.model = {'name': 'resnet', 'size': 18, 'stem': 'cifar'}
+    c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
+
+
+def imagenet(c: Config, epochs: float, batch: int) -> None:
+    """ImageNet with SimCLR's views and a ResNet-50, on a TPU or GPU slice."""
+    config_lib.dataset(c, 'imagenet')
+    c.total_epochs, c.batch_size = epochs, batch
+    c.eval_every = 10_000
+    c.augment = {
+        'jitter': JITTER,
+        'grayscale': {'prob': 0.2},
+        'blur': {'prob': 0.5, 'sigma': (0.1, 2.0)},
+    }
+    c.model = {'name': 'resnet', 'size': 50, 'stem': 'imagenet', 'dtype': 'bfloat16'}
+    c.evals = {'knn': {'k': 20, 'temperature': 0.07}, 'linear': {}}
+
+
+def imagenet_vit(c: Config, epochs: float, batch: int, size: str = 'S') -> None:
+    """The same with a ViT of patch 16."""
+    imagenet(c, epochs, batch)
+    c.model = {'name': 'vit', 'size': size, 'patch': 16, 'pool': 'cls', 'dtype': 'bfloat16'}
+
+
+def asymmetric(c: Config) -> None:
+    """BYOL's pair: one view always blurred, the other seldom blurred and sometimes solarised."""
+    c.augment = {
+        'jitter': BYOL_JITTER,
+        'grayscale': {'prob': 0.2},
+        'blur': {'prob': (1.0, 0.1), 'sigma': (0.1, 2.0)},
+        'solarize': {'prob': (0.0, 0.2)},
+    }
+
+
+def moco_v2(c: Config) -> None:
+    """MoCo v2's views: a weaker jitter, crops of at least a fifth."""
+    c.augment = {
+        'jitter': {**BYOL_JITTER, 'saturation': 0.4},
+        'grayscale': {'prob': 0.2},
+        'blur': {'prob': 0.5, 'sigma': (0.1, 2.0)},
+    }
+    c.data.crop.scale = (0.2, 1.0)
+
+
+def multi_crop(c: Config, scale: float, local: int, size: int) -> None:
+    """Two global views that show more than a share `scale`, and `local` small ones of less."""
+    c.data.crop.scale = (scale, 1.0)
+    c.data.local_views, c.data.local_size, c.data.local_scale = local, size, (0.05, scale)
+
+
+def folder(c: Config, batch: int = 256) -> None:
+    """An ImageNet recipe on one's own pictures, at a batch that one GPU holds."""
+    config_lib.dataset(c, 'folder')
+    c.batch_size, c.eval_every = batch, 0
