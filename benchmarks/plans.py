@@ -19,6 +19,20 @@ CASES = {
     'configs/simclr_resnet.py:cifar10': ('v5e:2x4', 'v5p:2x2x2', 'h100:8'),
     'configs/simclr_resnet.py:imagenet': ('v5e:4x8', 'v6e:4x4', 'v4:2x2x4', 'h100:8', 'h100:4x8'),
     'configs/simclr_resnet.py:folder': ('v5e:2x4', 'h100:8'),
+    'configs/moco.py:imagenet': ('h100:8',),
+    'configs/moco_v3.py:imagenet': ('v5e:4x8',),
+    'configs/nnclr.py:imagenet': ('v5e:4x8',),
+    'configs/pcl.py:imagenet': ('h100:8',),
+    'configs/sup_con.py:imagenet': ('v5e:4x8',),
+    'configs/simsiam.py:imagenet': ('h100:8',),
+    'configs/byol.py:imagenet': ('v5e:4x8',),
+    'configs/swav.py:imagenet': ('v5e:4x8', 'h100:4x8'),
+    'configs/swav.py:imagenet_256': ('h100:8',),
+    'configs/barlow_twins.py:imagenet': ('v5e:4x8',),
+    'configs/vicreg.py:imagenet': ('v5e:4x8',),
+    'configs/dino.py:imagenet': ('v5e:4x8', 'h100:4x8'),
+    'configs/dinov2.py:imagenet': ('v5e:8x8', 'h100:4x8'),
+    'configs/metric_learning.py:imagenet': ('h100:8',),
 }
 FOLDER = 100_000  # pictures that a folder is taken to have
 GiB = 2**30

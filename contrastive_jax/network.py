@@ -39,6 +39,12 @@ class Network:
             x_BD, _ = models.apply(head, params[name], stats[name], x_BD, train=False)
         return params, stats
 
+    def start(self, key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
+        """`Method.init` of a method whose `extra` holds this network's averages alone, 'stats'."""
+        del records
+        params, stats = self.init(key, batch['views'][:, 0])
+        return params, {'stats': stats}
+
     def __call__(
         self,
         params: Tree,

@@ -53,7 +53,14 @@ def cifar10_small(c: Config, steps: int) -> None:
     jitter = {**HALF_JITTER, 'saturation': 0.2, 'hue': 0.05}
     c.augment = {'jitter': jitter, 'grayscale': {'prob': 0.2}}
     c.model = SMALL_RESNET
-    c.optim = {'name': 'adamw', 'learning_rate': 8e-3, 'weight_decay': 0.05, 'warmup': 0.05}
+    # b2: with 0.999 the second moments of so short a run lag behind.
+    c.optim = {
+        'name': 'adamw',
+        'learning_rate': 8e-3,
+        'weight_decay': 0.05,
+        'warmup': 0.05,
+        'b2': 0.95,
+    }
     c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
 
 

@@ -201,9 +201,10 @@ def test_accumulation_averages_the_micro_batches_gradients():
         losses = []
         extra = s.extra
         grads = []
+        gradient = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
         for part in (0, 1):
             rows = {k: v[part::2] for k, v in batch().items()}
-            (loss, (extra, _)), g = jax.value_and_grad(method.loss, has_aux=True)(
+            (loss, (extra, _)), g = gradient(
                 s.params, extra, rows, jax.random.key(0), jnp.float32(0)
             )
             losses.append(float(loss))
@@ -228,8 +229,9 @@ def test_refresh_keeps_the_state_s_structure_on_any_number_of_devices(name):
     if method.refresh is None:
         pytest.skip('nothing happens between epochs')
     example = {k: jnp.asarray(v) for k, v in batch().items()}
-    params, extra = method.init(jax.random.key(0), example, RECORDS)
-    features = jax.jit(method.refresh.embed)(params, extra, {'image': example['views'][:, 0]})
+    _, _, start = initial(name, 'vit', 0.1)
+    extra = start.extra
+    features = jax.jit(method.refresh.embed)(start.params, extra, {'image': example['views'][:, 0]})
     assert np.allclose(np.linalg.norm(features['features'], axis=1), 1, atol=1e-5)
     rng = np.random.default_rng(0)
     D = features['features'].shape[1]

@@ -31,11 +31,6 @@ def make(
     check_numbers('barlow_twins', ('scale',), off_diagonal=off_diagonal, scale=scale)
     network = Network(model, projector=MLP(hidden, projection, layers=3))
 
-    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        del records
-        params, stats = network.init(key, batch['views'][:, 0])
-        return params, {'stats': stats}
-
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
@@ -47,4 +42,4 @@ def make(
         metrics = {'output_std': losses.output_std(z_BVD[:, 0])}
         return scale * value, ({'stats': stats}, metrics)
 
-    return Method(init, loss, network.encode)
+    return Method(network.start, loss, network.encode)

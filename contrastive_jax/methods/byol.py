@@ -35,12 +35,9 @@ def make(
     network = Network(model, projector=projector, predictor=MLP(hidden, projection))
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        del records
-        params, stats = network.init(key, batch['views'][:, 0])
-        return params, {
-            'stats': stats,
-            'target': memory.target(params, stats, ('encoder', 'projector')),
-        }
+        params, extra = network.start(key, batch, records)
+        target = memory.target(params, extra['stats'], ('encoder', 'projector'))
+        return params, {**extra, 'target': target}
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array

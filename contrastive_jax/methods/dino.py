@@ -54,11 +54,10 @@ def make(
     network = Network(model, head=DINOHead(prototypes, hidden, bottleneck, batch_norm=batch_norm))
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        del records
-        params, stats = network.init(key, batch['views'][:, 0])
+        params, extra = network.start(key, batch, records)
         return params, {
-            'stats': stats,
-            'target': memory.target(params, stats, ('encoder', 'head')),
+            **extra,
+            'target': memory.target(params, extra['stats'], ('encoder', 'head')),
             'centre': jnp.zeros(prototypes),
         }
 

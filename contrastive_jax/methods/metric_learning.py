@@ -48,11 +48,10 @@ def make(
     network = Network(model, projector=MLP(projection, projection, layers=1))
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        del records
-        params, stats = network.init(key, batch['views'][:, 0])
+        params, extra = network.start(key, batch, records)
         if mapped:
             params['map'] = jnp.eye(projection)
-        return params, {'stats': stats}
+        return params, extra
 
     def compute(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array

@@ -56,12 +56,11 @@ def make(
     network = Network(model, projector=head)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        del records
         key, queue_key = jax.random.split(key)
-        params, stats = network.init(key, batch['views'][:, 0])
+        params, extra = network.start(key, batch, records)
         return params, {
-            'stats': stats,
-            'target': memory.target(params, stats, MODULES),
+            **extra,
+            'target': memory.target(params, extra['stats'], MODULES),
             'queue': memory.queue(queue_key, queue, projection),
         }
 

@@ -42,10 +42,9 @@ def make(
     )
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        del records
         key, queue_key = jax.random.split(key)
-        params, stats = network.init(key, batch['views'][:, 0])
-        return params, {'stats': stats, 'queue': memory.queue(queue_key, queue, projection)}
+        params, extra = network.start(key, batch, records)
+        return params, {**extra, 'queue': memory.queue(queue_key, queue, projection)}
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array

@@ -37,11 +37,6 @@ def make(
     head = MLP(hidden, projection, layers=layers, last_batch_norm=last_batch_norm)
     network = Network(model, projector=head)
 
-    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        del records
-        params, stats = network.init(key, batch['views'][:, 0])
-        return params, {'stats': stats}
-
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
@@ -55,4 +50,4 @@ def make(
         bound = jnp.log(jnp.float32(2 * len(z_BVD) - 1)) - value
         return value, ({'stats': stats}, {'mutual_information_bound': bound})
 
-    return Method(init, loss, network.encode)
+    return Method(network.start, loss, network.encode)

@@ -46,11 +46,6 @@ def make(
     )
     network = Network(model, projector=head, predictor=MLP(predictor, projection))
 
-    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        del records
-        params, stats = network.init(key, batch['views'][:, 0])
-        return params, {'stats': stats}
-
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
@@ -66,4 +61,4 @@ def make(
         # The paper's −cos, the mean of both directions: from −1, the best, to 1.
         return distance / 4 - 1, ({'stats': stats}, metrics)
 
-    return Method(init, loss, network.encode)
+    return Method(network.start, loss, network.encode)

@@ -34,11 +34,6 @@ def make(
     check_numbers('sup_con', ('temperature',), temperature=temperature)
     network = Network(model, projector=MLP(hidden, projection, batch_norm=batch_norm))
 
-    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        del records
-        params, stats = network.init(key, batch['views'][:, 0])
-        return params, {'stats': stats}
-
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
@@ -50,4 +45,4 @@ def make(
         value = losses.sup_con(out['projector'], label_B, temperature, log=log)
         return value, ({'stats': stats}, {})
 
-    return Method(init, loss, network.encode)
+    return Method(network.start, loss, network.encode)

@@ -61,9 +61,7 @@ def make(
     network = Network(model, projector=MLP(hidden, projection), prototypes=head)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        del records
-        params, stats = network.init(key, batch['views'][:, 0])
-        extra = {'stats': stats}
+        params, extra = network.start(key, batch, records)
         if queue:
             extra['queue'] = jnp.zeros((queue, GLOBAL, projection))
         return params, extra

@@ -33,11 +33,6 @@ def make(
     check_numbers('vicreg', (), **weights)
     network = Network(model, projector=MLP(hidden, projection, layers=3))
 
-    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        del records
-        params, stats = network.init(key, batch['views'][:, 0])
-        return params, {'stats': stats}
-
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
@@ -49,4 +44,4 @@ def make(
         metrics = {**terms, 'output_std': losses.output_std(z_BVD[:, 0])}
         return value, ({'stats': stats}, metrics)
 
-    return Method(init, loss, network.encode)
+    return Method(network.start, loss, network.encode)
