@@ -32,13 +32,7 @@ def cifar10(c: Config) -> None:
     recipes.asymmetric(c)
     del c.augment.blur
     c.method = {'name': 'byol', 'momentum': 0.99}
-    c.optim = {
-        'name': 'lars',
-        'learning_rate': 1.0,
-        'weight_decay': 1e-5,
-        'warmup': 0.01,
-        'trust_coefficient': 0.02,
-    }
+    recipes.solo_lars(c, 1.0, 1e-5)
 
 
 def imagenet(c: Config) -> None:

@@ -51,13 +51,7 @@ def cifar10(c: Config) -> None:
     recipes.asymmetric(c)
     del c.augment.blur
     c.method = {'name': 'dino', 'prototypes': 4096, 'momentum': 0.9995, 'batch_norm': True}
-    c.optim = {
-        'name': 'lars',
-        'learning_rate': 0.3,
-        'weight_decay': 1e-6,
-        'warmup': 0.01,
-        'trust_coefficient': 0.02,
-    }
+    recipes.solo_lars(c, 0.3, 1e-6)
 
 
 def imagenet(c: Config) -> None:

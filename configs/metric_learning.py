@@ -15,45 +15,35 @@ from contrastive_jax import config as config_lib
 from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
+# FaceNet's
+TRIPLET = {
+    'name': 'metric_learning',
+    'loss': 'triplet',
+    'options': {'margin': 0.2, 'mining': 'semi_hard', 'distance': 'squared_euclidean'},
+}
+
 
 def digits(c: Config) -> None:
     recipes.digits(c)
-    c.method = {
-        'name': 'metric_learning',
-        'loss': 'triplet',
-        'options': {'margin': 0.2, 'mining': 'semi_hard', 'distance': 'squared_euclidean'},
-        'projection': 64,
-    }
+    c.method = {**TRIPLET, 'projection': 64}
 
 
 def cifar10_small(c: Config) -> None:
     recipes.cifar10_small(c, steps=1300)
-    c.method = {
-        'name': 'metric_learning',
-        'loss': 'triplet',
-        'options': {'margin': 0.2, 'mining': 'semi_hard', 'distance': 'squared_euclidean'},
-    }
+    c.method = TRIPLET
 
 
 def cifar10(c: Config) -> None:
     """FaceNet's loss with SimCLR's views; ours, not published."""
     recipes.cifar10(c, epochs=200.0, batch=512)
-    c.method = {
-        'name': 'metric_learning',
-        'loss': 'triplet',
-        'options': {'margin': 0.2, 'mining': 'semi_hard', 'distance': 'squared_euclidean'},
-    }
+    c.method = TRIPLET
     c.optim = {'name': 'sgd', 'learning_rate': 0.03, 'weight_decay': 5e-4, 'warmup': 0.05}
 
 
 def imagenet(c: Config) -> None:
     """The same for ImageNet; ours, not published."""
     recipes.imagenet(c, epochs=100.0, batch=1024)
-    c.method = {
-        'name': 'metric_learning',
-        'loss': 'triplet',
-        'options': {'margin': 0.2, 'mining': 'semi_hard', 'distance': 'squared_euclidean'},
-    }
+    c.method = TRIPLET
     c.optim = {'name': 'sgd', 'learning_rate': 0.1, 'weight_decay': 1e-4, 'warmup': 0.05}
 
 

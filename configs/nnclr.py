@@ -44,13 +44,7 @@ def cifar10(c: Config) -> None:
     """solo-learn's CIFAR-10 recipe."""
     recipes.cifar10(c, epochs=1000.0, batch=256)
     c.method = {'name': 'nnclr', 'temperature': 0.2, 'queue': 65536}
-    c.optim = {
-        'name': 'lars',
-        'learning_rate': 0.4,
-        'weight_decay': 1e-5,
-        'warmup': 0.01,
-        'trust_coefficient': 0.02,
-    }
+    recipes.solo_lars(c, 0.4, 1e-5)
 
 
 def imagenet(c: Config) -> None:

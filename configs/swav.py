@@ -46,13 +46,7 @@ def cifar10(c: Config) -> None:
     """solo-learn's CIFAR-10 recipe."""
     recipes.cifar10(c, epochs=1000.0, batch=256)
     c.method = {'name': 'swav', 'queue': 3840, 'queue_from': 0.015}
-    c.optim = {
-        'name': 'lars',
-        'learning_rate': 0.6,
-        'weight_decay': 1e-6,
-        'warmup': 0.01,
-        'trust_coefficient': 0.02,
-    }
+    recipes.solo_lars(c, 0.6, 1e-6)
 
 
 def imagenet(c: Config) -> None:

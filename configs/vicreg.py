@@ -32,13 +32,7 @@ def cifar10(c: Config) -> None:
     recipes.asymmetric(c)
     del c.augment.blur
     c.method = {'name': 'vicreg', 'hidden': 2048, 'projection': 2048}
-    c.optim = {
-        'name': 'lars',
-        'learning_rate': 0.3,
-        'weight_decay': 1e-4,
-        'warmup': 0.01,
-        'trust_coefficient': 0.02,
-    }
+    recipes.solo_lars(c, 0.3, 1e-4)
 
 
 def imagenet(c: Config) -> None:

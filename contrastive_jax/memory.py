@@ -3,6 +3,8 @@
 Both live in `TrainState.extra`, so they are checkpointed and a continued run has the same bits.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -38,6 +40,28 @@ def move(extra: Tree, params: Tree, momentum: float | jax.Array) -> Tree:
     """`extra` with the parameters of its 'target' moved towards the online ones."""
     moved = follow(extra['target']['params'], params, momentum)
     return {**extra, 'target': {**extra['target'], 'params': moved}}
+
+
+def rising(start: float) -> Callable[[Tree, Tree, jax.Array], Tree]:
+    """`Method.after` of a target whose momentum goes from `start` to 1 by a cosine (BYOL)."""
+
+    def after(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
+        return move(extra, params, cosine(progress, start, 1.0))
+
+    return after
+
+
+def steady(momentum: float, *, averages: bool) -> Callable[[Tree, Tree, jax.Array], Tree]:
+    """`Method.after` of a target with one momentum, whose BatchNorm averages may follow, too."""
+
+    def after(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
+        del progress
+        extra = move(extra, params, momentum)
+        if averages:
+            extra['target']['stats'] = follow(extra['target']['stats'], extra['stats'], momentum)
+        return extra
+
+    return after
 
 
 def queue(key: jax.Array, size: int, *shape: int) -> jax.Array:

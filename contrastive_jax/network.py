@@ -100,6 +100,11 @@ class Network:
         """`Method.encode` of a method whose `extra` holds this network's averages as 'stats'."""
         return self.features(params, extra['stats'], batch['image'])
 
+    def encode_target(self, params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
+        """`Method.encode` of a method whose 'target' is what evaluators see."""
+        target = extra['target']
+        return self.encode(target['params'], target, batch)
+
 
 def check_views(method: str, views_BVHWC: jax.Array, count: int) -> None:
     """Raises UserError unless there are `count` views of every image."""

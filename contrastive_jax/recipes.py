@@ -81,6 +81,17 @@ def cifar10(c: Config, epochs: float, batch: int) -> None:
     c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
 
 
+def solo_lars(c: Config, learning_rate: float, weight_decay: float) -> None:
+    """The optimiser of solo-learn's CIFAR-10 recipes."""
+    c.optim = {
+        'name': 'lars',
+        'learning_rate': learning_rate,
+        'weight_decay': weight_decay,
+        'warmup': 0.01,
+        'trust_coefficient': 0.02,
+    }
+
+
 def imagenet(c: Config, epochs: float, batch: int) -> None:
     """ImageNet with SimCLR's views and a ResNet-50, on a TPU or GPU slice."""
     config_lib.dataset(c, 'imagenet')

@@ -54,7 +54,4 @@ def make(
         metrics = {'output_std': output_std(out['projector'][:, 0])}
         return value, ({'stats': stats, 'target': target}, metrics)
 
-    def after(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
-        return memory.move(extra, params, memory.cosine(progress, momentum, 1.0))
-
-    return Method(init, loss, network.encode, after)
+    return Method(init, loss, network.encode, memory.rising(momentum))

@@ -154,12 +154,4 @@ def make(
         }
         return value, (extra, metrics)
 
-    def encode(params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
-        del params
-        target = extra['target']
-        return network.features(target['params'], target['stats'], batch['image'])
-
-    def after(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
-        return memory.move(extra, params, memory.cosine(progress, momentum, 1.0))
-
-    return Method(init, loss, encode, after)
+    return Method(init, loss, network.encode_target, memory.rising(momentum))

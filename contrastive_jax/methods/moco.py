@@ -86,12 +86,4 @@ def make(
         }
         return value, (extra, {})
 
-    def after(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
-        del progress
-        extra = memory.move(extra, params, momentum)
-        if not by_batch:
-            stats = memory.follow(extra['target']['stats'], extra['stats'], momentum)
-            extra['target']['stats'] = stats
-        return extra
-
-    return Method(init, loss, network.encode, after)
+    return Method(init, loss, network.encode, memory.steady(momentum, averages=not by_batch))

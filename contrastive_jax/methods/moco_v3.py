@@ -62,7 +62,4 @@ def make(
         # 2τ: the authors' scale, which keeps gradients alike over temperatures.
         return 2 * temperature * value, ({'stats': stats, 'target': target}, {})
 
-    def after(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
-        return memory.move(extra, params, memory.cosine(progress, momentum, 1.0))
-
-    return Method(init, loss, network.encode, after)
+    return Method(init, loss, network.encode, memory.rising(momentum))

@@ -111,12 +111,6 @@ def make(
         extra = {**extra, 'stats': stats, 'queue': memory.enqueue(extra['queue'], key_BD)}
         return instance + proto, (extra, {'instance': instance, 'proto': proto})
 
-    def after(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
-        del progress
-        extra = memory.move(extra, params, momentum)
-        extra['target']['stats'] = memory.follow(extra['target']['stats'], extra['stats'], momentum)
-        return extra
-
     def embed(params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
         del params
         target = extra['target']
@@ -148,4 +142,6 @@ def make(
 
         return jax.lax.cond(progress >= warmup, cluster, lambda extra: extra, extra)
 
-    return Method(init, loss, network.encode, after, Refresh(embed, update))
+    return Method(
+        init, loss, network.encode, memory.steady(momentum, averages=True), Refresh(embed, update)
+    )
