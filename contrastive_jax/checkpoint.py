@@ -11,6 +11,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -101,6 +102,45 @@ class Checkpoints:
         self._manager.close()
 
 
+def latest(workdir: str | os.PathLike) -> int | None:
+    """Step of the newest complete checkpoint of a workdir, which may not exist."""
+    folder = epath.Path(workdir).absolute() / 'checkpoints'
+    if not folder.exists():
+        return None
+    steps = ocp.path.step.standard_name_format().find_all(folder)
+    return max((found.step for found in steps), default=None)
+
+
+def claimed(workdir: str | os.PathLike) -> bool:
+    """Whether a run has been started in a workdir."""
+    return (epath.Path(workdir) / CONFIG).exists()
+
+
+def weights(workdir: str | os.PathLike) -> tuple[Any, Any]:
+    """`(params, extra)` of a workdir's newest checkpoint, as NumPy arrays, whatever wrote them.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
+    step = latest(workdir)
+    if step is None:
+        raise UserError(f'there is no complete checkpoint in {workdir}/checkpoints.')
+    path = epath.Path(workdir).absolute() / 'checkpoints' / str(step) / 'state'
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found: Any = checkpointer.metadata(path).item_metadata
+        like = {
+            name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), found.tree[name])
+            for name in ('params', 'extra')
+        }
+        args = ocp.args.PyTreeRestore(
+            item=like,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+            partial_restore=True,
+        )
+        restored: Any = checkpointer.restore(path, args=args)
+    return restored['params'], restored['extra']
+
+
 def check(workdir: str | os.PathLike, config: Mapping[str, Any], must_exist: bool = False) -> None:
     """Refuses a workdir that belongs to another config.
 
@@ -112,7 +152,7 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any], must_exist: boo
     Raises:
         UserError: the workdir's config differs; the keys are listed with both values.
     """
-    if not must_exist and not (epath.Path(workdir) / CONFIG).exists():
+    if not must_exist and not claimed(workdir):
         return
     # Keys that a run is older than had the effect of their defaults.
     theirs = flatten(json.loads(json.dumps(base().to_dict()))) | flatten(read(workdir))

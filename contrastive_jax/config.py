@@ -103,6 +103,8 @@ def base() -> Config:
             'remat': False,
             # Split parameters, optimiser and target networks over the devices.
             'fsdp': False,
+            # A run's workdir whose encoders to start from, as far as the method has them.
+            'init_from': '',
             # Steps between log lines, evaluations (0: at the start and the end) and checkpoints.
             'log_every': 50,
             'eval_every': 0,
@@ -113,10 +115,14 @@ def base() -> Config:
             # Also write TensorBoard events; needs the [tensorflow] extra.
             'tensorboard': False,
             'data': {
-                # digits, folder, array_record or tfds:<name>; root is the directory of the middle
-                # two (and TFDS' data_dir).
+                # A file of data/sources, or tfds:<name>; root is its directory (TFDS' data_dir).
                 'source': '',
                 'root': '',
+                # The file of captions, where there are several in root.
+                'captions': '',
+                # Where captions are to be read: 'tokenizer', a file ('': one is trained on the
+                # captions), 'vocabulary' and 'length', at most that many tokens, and 'lower'.
+                'text': {},
                 # Share of the images held out for tests where the source has no test split.
                 'holdout': 0.1,
                 # A larger share of unusable images stops the run.
@@ -138,7 +144,9 @@ def base() -> Config:
             # Op -> options, see contrastive_jax.augment; the order of ops is fixed there.
             'augment': {},
             # name -> a file of models/, methods/, evals/; the rest are keywords of its make().
+            # text: the model that reads captions, of a method that has one.
             'model': {},
+            'text': {},
             'method': {},
             'evals': {},
             # Keywords of optim.make().
@@ -164,6 +172,12 @@ _DATASETS: dict[str, dict[str, Any]] = {
     },
     'imagenet': {'source': 'tfds:imagenet2012', 'crop_fraction': 0.875},
     'folder': {'source': 'folder', 'crop_fraction': 0.875},
+    # OpenAI's moments of its pictures, which OpenCLIP keeps.
+    'captions': {
+        'source': 'captions',
+        'mean': (0.48145466, 0.4578275, 0.40821073),
+        'std': (0.26862954, 0.26130258, 0.27577711),
+    },
 }
 
 

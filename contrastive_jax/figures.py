@@ -1,4 +1,4 @@
-"""Pictures of a run: augmented views side by side, and training curves. PNG files.
+"""Pictures of a run: augmented views, training curves, and what a search has found. PNG files.
 
 Matplotlib is imported when a figure is drawn, and without pyplot: no global state, no display.
 
@@ -7,8 +7,9 @@ B: images, V: views, L: local views, H W C.
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -72,6 +73,89 @@ def views_grid(
     _save(buffer, path)
 
 
+class Tile(NamedTuple):
+    """A picture that was found: [H, W, 3] uint8 or None, and two lines to write below it."""
+
+    image: np.ndarray | None
+    label: str
+    name: str
+
+
+def contact_sheet(
+    found: Sequence[tuple[str, np.ndarray | None, Sequence[Tile]]], path: Any, side: int = 128
+) -> None:
+    """Draws what was found for each query below it, ten in a row.
+
+    Args:
+        found: for every query its text, its picture if it is one, and the tiles, best first.
+        path: of the PNG file; its directory is made.
+        side: pixels of a tile.
+    """
+    title, label, name = _font(17), _font(11, '-Bold'), _font(11)
+    margin, gap, caption, below = 28, 14, 40, 30
+    most = max(len(tiles) for *_, tiles in found)
+    columns = math.ceil(most / math.ceil(most / 10))
+    width = max(columns, 4) * (side + gap) - gap
+    letters = int(width / title.getlength('e'))
+    heads = [textwrap.wrap(text, letters, max_lines=4, placeholder=' …') for text, *_ in found]
+    heights = [
+        (side if image is not None else 26 * len(head)) + 12
+        + math.ceil(len(tiles) / columns) * (side + caption)
+        for head, (_, image, tiles) in zip(heads, found, strict=True)
+    ]  # fmt: skip
+    height = sum(heights) + below * (len(found) - 1)
+    sheet = Image.new('RGB', (width + 2 * margin, height + 2 * margin), 'white')
+    draw = ImageDraw.Draw(sheet)
+    y = margin
+    for i, (head, (text, image, tiles)) in enumerate(zip(heads, found, strict=True)):
+        if i:
+            line = y - below // 2
+            draw.line((margin, line, margin + width, line), FAINT)
+        if image is None:
+            draw.multiline_text((margin, y), '\n'.join(head), INK, title, spacing=6)
+            y += 26 * len(head) + 12
+        else:
+            _tile(sheet, image, margin, y, side)
+            draw.rectangle(
+                (margin - 3, y - 3, margin + side + 2, y + side + 2), None, COLOURS[0], 2
+            )
+            x = margin + side + gap
+            _write(sheet, text, x, y + side // 2 - 11, margin + width - x, title)
+            y += side + 12
+        for k, tile in enumerate(tiles):
+            x, down = margin + k % columns * (side + gap), y + k // columns * (side + caption)
+            _tile(sheet, tile.image, x, down, side)
+            _write(sheet, tile.label, x, down + side + 4, side, label)
+            _write(sheet, tile.name, x, down + side + 19, side, name, GREY)
+        y += math.ceil(len(tiles) / columns) * (side + caption) + below
+    buffer = io.BytesIO()
+    sheet.save(buffer, 'PNG')
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    _save(buffer, path)
+
+
+def _tile(sheet: Image.Image, image: np.ndarray | None, x: int, y: int, side: int) -> None:
+    """A whole picture in the middle of a square; a small one enlarged by whole pixels."""
+    ImageDraw.Draw(sheet).rectangle((x, y, x + side - 1, y + side - 1), FAINT)
+    if image is None:
+        _write(sheet, 'cannot be read', x + 8, y + side // 2 - 7, side, _font(11), GREY)
+        return
+    picture = Image.fromarray(image)
+    scale = side / max(picture.size)
+    scale, resample = (
+        (int(scale), Image.Resampling.NEAREST) if scale >= 2 else (scale, Image.Resampling.LANCZOS)
+    )
+    w, h = (max(1, round(n * scale)) for n in picture.size)
+    sheet.paste(picture.resize((w, h), resample), (x + (side - w) // 2, y + (side - h) // 2))
+
+
+def _font(size: int, style: str = '') -> Any:
+    """Matplotlib's own, which has more alphabets than Pillow's."""
+    import matplotlib
+
+    return ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans{style}.ttf', size)
+
+
 def _uint8(views: np.ndarray) -> np.ndarray:
     """Pixels of any kind as three channels of uint8."""
     views = np.asarray(views)
@@ -86,11 +170,14 @@ def _columns(B: int, V: float) -> int:
     return min(range(1, B + 1), key=lambda c: (abs(c - ideal) + 0.6 * (-B % c), -c))
 
 
-def _write(sheet: Image.Image, text: str, x: int, y: int, width: int) -> None:
-    font = ImageFont.load_default(11)
+def _write(
+    sheet: Image.Image, text: str, x: int, y: int, width: int, font: Any = None, ink: str = INK
+) -> None:
+    """One line, cut to the width."""
+    font = font or ImageFont.load_default(11)
     while len(text) > 1 and font.getlength(text) > width:
         text = text[:-2] + '…'
-    ImageDraw.Draw(sheet).text((x, y), text, INK, font)
+    ImageDraw.Draw(sheet).text((x, y), text, ink, font)
 
 
 def training_curves(records: Sequence[Mapping[str, Any]], path: Any) -> None:

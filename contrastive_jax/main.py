@@ -27,14 +27,16 @@ PROCESSES = flags.DEFINE_integer('processes', 1, 'How many processes the run has
 PROCESS = flags.DEFINE_integer('process', 0, 'Which of them this is.', lower_bound=0)
 
 
-def parse(argv: Sequence[str], required: Sequence[flags.FlagHolder]) -> list[str]:
+def parse(
+    argv: Sequence[str], required: Sequence[flags.FlagHolder], positional: bool = False
+) -> list[str]:
     """Flags from the command line; whatever is wrong with them becomes a UserError."""
     for argument in argv:
         if argument.startswith('--config='):
             check_file(argument.removeprefix('--config=').partition(':')[0])
     try:
         rest = flags.FLAGS(list(argv))
-        if len(rest) > 1:
+        if len(rest) > 1 and not positional:
             raise UserError(f'unexpected argument {rest[1]!r}; options are written --name=value.')
         for flag in required:
             if not flag.value:
@@ -112,9 +114,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def command(
-    function: Callable[[Sequence[str]], None], required: Sequence[flags.FlagHolder]
+    function: Callable[[Sequence[str]], None],
+    required: Sequence[flags.FlagHolder],
+    positional: bool = False,
 ) -> None:
-    """Runs a program: a user's mistake is one message and exit code 2, never a traceback."""
+    """Runs a program: a user's mistake is one message and exit code 2, never a traceback.
+
+    Args:
+        function: of the arguments that are no flags, after the program's name.
+        required: flags without which there is nothing to do.
+        positional: whether there may be such arguments.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         try:
@@ -128,7 +138,7 @@ def command(
         os._exit(2)
 
     try:
-        app.run(guarded, flags_parser=lambda argv: parse(argv, required))
+        app.run(guarded, flags_parser=lambda argv: parse(argv, required, positional))
     except UserError as error:
         fail(error)
 

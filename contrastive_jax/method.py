@@ -11,6 +11,12 @@ Metrics = dict[str, jax.Array]
 
 
 Encode = Callable[[Tree, Tree, Batch], dict[str, jax.Array]]
+Encoders = dict[str, tuple[Tree, Tree]]
+
+
+def online(params: Tree, extra: Tree) -> Encoders:
+    """The `encoders` of a method whose trained encoder is what evaluators see."""
+    return {'image': (params['encoder'], extra['stats']['encoder'])}
 
 
 def keep(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
@@ -49,9 +55,13 @@ class Method(NamedTuple):
             for some; `batch['label']` and `batch['index']`, the record's number, are [B] int32. B
             is the global batch: write single-device mathematics.
         encode: `(params, extra, batch) -> {'features': [B, D], ...}` from `batch['image']`
-            [B, H, W, 3] float, normalised: all that evaluators and export see.
+            [B, H, W, 3] float, normalised: all that evaluators and export see. A method with text
+            adds 'embedding' [B, E], in the space that images and texts share, and gives that alone
+            from `batch['text']` [B, T] int32.
         after: `(params, extra, progress) -> extra`, in the jitted step after the optimiser.
         refresh: None, or what happens after every epoch.
+        encoders: `(params, extra) -> {'image': (params, stats)}`, and 'text' where there is one:
+            what the models' own `init` would give, for other runs and programs to start from.
     """
 
     init: Callable[[jax.Array, Batch, int], tuple[Tree, Tree]]
@@ -59,3 +69,4 @@ class Method(NamedTuple):
     encode: Encode
     after: Callable[[Tree, Tree, jax.Array], Tree] = keep
     refresh: Refresh | None = None
+    encoders: Callable[[Tree, Tree], Encoders] = online

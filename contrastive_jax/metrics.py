@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from etils import epath
 from contrastive_jax.config import UserError
 
 FILE = 'metrics.jsonl'
+PIXELS = 'pixels_'  # prefix of the raw-pixel baseline's metric names
 
 
 class Writer:
@@ -211,6 +213,52 @@ def _duration(seconds: float) -> str:
     if days:
         return f'{days} d {hours} h'
     return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def summary(workdir: str, images: int) -> None:
+    """Prints the closing table of accuracies and recalls, and writes it to results.json.
+
+    Args:
+        workdir: of a run with records of an evaluation.
+        images: held out.
+    """
+    last: dict[str, float] = {}
+    first: dict[str, float] = {}
+    for record in read(workdir):
+        found = {k: v for k, v in record.items() if k.startswith('eval/')}
+        if record['step'] == 0:
+            first |= found
+        else:
+            last |= found
+    columns = ['raw pixels', 'untrained', 'trained']
+    rows: dict[str, list[float | None]] = {}
+    for key in last or first:
+        _, evaluator, metric = key.split('/', 2)
+        few = any(k.startswith(f'eval/{evaluator}/') and k.endswith('_per_class') for k in last)
+        name = _row(evaluator, metric, few)
+        if name and not metric.startswith(PIXELS):
+            pixels = first.get(f'eval/{evaluator}/{PIXELS}{metric}')
+            rows[name] = [pixels, first.get(key), last.get(key)]
+    if not rows:
+        return
+    print(f'\nAccuracies and recalls (%) on {images} held-out images; features are frozen\n')
+    print(table(rows, columns), flush=True)
+    found = {name: dict(zip(columns, values, strict=True)) for name, values in rows.items()}
+    (epath.Path(workdir) / 'results.json').write_text(json.dumps(found, indent=2) + '\n')
+
+
+def _row(evaluator: str, metric: str, few: bool) -> str:
+    """What the closing table calls a metric, '' for one that is not in it.
+
+    `few`: whether the evaluator also has accuracies with few labels.
+    """
+    if found := re.fullmatch(r'(\w+)_r(\d+)', metric):
+        return f'{evaluator}, {found[1].replace("_", " ")}, R@{found[2]}'
+    if found := re.fullmatch(r'top(\d+)(?:_(\d+)_per_class)?', metric):
+        top = '' if found[1] == '1' else f', top {found[1]}'
+        labels = f', {found[2]} labels per class' if found[2] else ', all labels' * few
+        return f'{evaluator}{top}{labels}'
+    return ''
 
 
 def table(rows: Mapping[str, Sequence[float | None]], columns: Sequence[str]) -> str:

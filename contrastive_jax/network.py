@@ -12,7 +12,7 @@ from einops import rearrange
 
 from contrastive_jax import models
 from contrastive_jax.config import UserError
-from contrastive_jax.method import Batch, Tree
+from contrastive_jax.method import Batch, Encoders, Tree, online
 
 
 class Network:
@@ -28,7 +28,6 @@ class Network:
     def init(self, key: jax.Array, images_BHWC: jax.Array, **inputs: Any) -> tuple[Tree, Tree]:
         """`(params, stats)`; inputs are the encoder's other ones."""
         keys = iter(jax.random.split(key, 1 + len(self.heads)))
-        images_BHWC = images_BHWC.astype(jnp.float32)
         params, stats = {}, {}
         params['encoder'], stats['encoder'] = models.init(
             self.encoder, next(keys), images_BHWC, **inputs
@@ -104,6 +103,12 @@ class Network:
         """`Method.encode` of a method whose 'target' is what evaluators see."""
         target = extra['target']
         return self.encode(target['params'], target, batch)
+
+
+def target_encoder(params: Tree, extra: Tree) -> Encoders:
+    """`Method.encoders` of a method whose 'target' is what evaluators see."""
+    del params
+    return online(extra['target']['params'], extra['target'])
 
 
 def check_views(method: str, views_BVHWC: jax.Array, count: int) -> None:

@@ -1,16 +1,29 @@
-"""What a config computes: its training step, compiled for the devices that it is to run on."""
+"""What a config describes: data, and a training step compiled for the devices that it runs on."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
-from contrastive_jax import augment, models, optim, parallel
+from contrastive_jax import augment, checkpoint, data, evals, models, optim, parallel
 from contrastive_jax import config as config_lib
 from contrastive_jax.config import Config, UserError
-from contrastive_jax.method import Batch, Method
+from contrastive_jax.data import text
+from contrastive_jax.data.bad_records import BadRecords
+from contrastive_jax.method import Batch, Encoders, Method
 from contrastive_jax.state import TrainState, make_init, make_step
+
+
+class Parts(NamedTuple):
+    """What a config describes, built."""
+
+    splits: dict[str, data.Source]
+    bad: BadRecords
+    evaluators: dict[str, evals.Evaluate]
+    tokenizer: text.Tokenizer | None
+    program: 'Program'
 
 
 class Program(NamedTuple):
@@ -26,21 +39,77 @@ class Program(NamedTuple):
     state: TrainState  # shapes, dtypes and shardings
 
 
-def build(config: Config, mesh: jax.sharding.Mesh, images: int) -> Program:
+def build_parts(config: Config, workdir: str | None, mesh: jax.sharding.Mesh) -> Parts:
+    """Everything a config names; mistakes in it are found here, before anything runs.
+
+    Args:
+        config: as in `train.run`.
+        workdir: of the run, which holds its tokenizer. None for one that has none yet.
+        mesh: of the devices.
+    """
+    evaluators = {
+        name: config_lib.build('evals', {'name': name, **options}, f'config.evals.{name}')
+        for name, options in config.evals.items()
+    }
+    splits = data.open_splits(config.data)
+    listed = epath.Path(workdir) / 'bad_records.jsonl' if workdir else None
+    bad = BadRecords(listed, sum(map(len, splits.values())), config.data.max_bad)
+    for source in splits.values():
+        for record, reason in getattr(source, 'skipped', ()):
+            bad.add(record, reason)
+    tokenizer = _tokenizer(config, workdir, splits['train']) if config.text else None
+    start: Encoders = {}
+    if config.init_from and not (workdir and checkpoint.latest(workdir) is not None):
+        start = pretrained(config.init_from)
+    program = build(config, mesh, len(splits['train']), start)
+    return Parts(splits, bad, evaluators, tokenizer, program)
+
+
+def _tokenizer(config: Config, workdir: str | None, source: Any) -> text.Tokenizer:
+    """The one that the config names, or the run's own, trained on the captions if it has none yet.
+
+    Raises:
+        UserError: no captions; more ids than the text encoder has.
+    """
+    d = config.data
+    if not hasattr(source, 'captions'):
+        raise UserError(
+            f'config.data.source: {d.source!r} has no captions, and config.text reads them; '
+            "'captions', 'webdataset' and 'digits:grids' have some."
+        )
+    options = {'length': d.text.length, 'lower': d.text.lower}
+    own = epath.Path(workdir) / 'tokenizer.json' if workdir else None
+    if d.text.tokenizer:
+        tokenizer = text.open_tokenizer(d.text.tokenizer, **options)
+    # What a start has left that failed before the workdir was claimed, does not count.
+    elif own and own.exists() and checkpoint.claimed(own.parent):
+        tokenizer = text.open_tokenizer(own, **options)
+    else:
+        captions = (caption for i in range(len(source)) for caption in data.captions(source, i))
+        tokenizer = text.train_tokenizer(captions, own, vocabulary=d.text.vocabulary, **options)
+    if tokenizer.vocabulary > d.text.vocabulary:
+        raise UserError(
+            f'config.data.text.vocabulary: got {d.text.vocabulary}, but {d.text.tokenizer} has '
+            f'{tokenizer.vocabulary} tokens.'
+        )
+    return tokenizer
+
+
+def build(
+    config: Config, mesh: jax.sharding.Mesh, images: int, start: Encoders | None = None
+) -> Program:
     """The training step of a config, and the state that it starts from.
 
     Args:
         config: as in `train.run`.
         mesh: of the devices that it runs on, or is compiled for.
         images: of an epoch.
+        start: weights that the encoders start from; none: random ones.
     """
     d = config.data
     size = config.batch_size
     parallel.check_batch(mesh, size, config.accumulate, config.microbatch)
-    model = config_lib.build('models', config.model, 'config.model', remat=config.remat)
-    if config.microbatch:
-        model = models.Microbatched(model, size // config.accumulate // config.microbatch)
-    method = config_lib.build('methods', config.method, 'config.method', model)
+    method = build_method(config, start or {})
     pictures = augment.make(
         config.augment.to_dict(),
         views=d.views,
@@ -70,6 +139,8 @@ def build(config: Config, mesh: jax.sharding.Mesh, images: int) -> Program:
             name: jax.ShapeDtypeStruct((rows, *shape), pixels, sharding=split)
             for name, shape in shapes.items()
         }
+        if d.text:
+            found['text'] = jax.ShapeDtypeStruct((rows, d.text.length), jnp.int32, sharding=split)
         return {**found, 'label': integer, 'index': integer}
 
     make = make_init(method, tx, config.seed, images)
@@ -95,3 +166,44 @@ def build(config: Config, mesh: jax.sharding.Mesh, images: int) -> Program:
         step,
         state,
     )
+
+
+def build_method(config: Config, start: Encoders) -> Method:
+    """The method that a config names, its encoders starting from given weights.
+
+    Args:
+        config: as in `train.run`.
+        start: see `Method.encoders`; those that are not there start at random.
+    """
+
+    def tower(name: str, spec: Config, key: str, **more: Any) -> models.Encoder:
+        model = config_lib.build('models', spec, key, remat=config.remat, **more)
+        if name in start:
+            model = models.Pretrained(model, *start[name], config.init_from)
+        if config.microbatch:
+            parts = config.batch_size // config.accumulate // config.microbatch
+            model = models.Microbatched(model, parts)
+        return model
+
+    towers = {}
+    if config.text:
+        tokens = config.data.text
+        if not tokens:
+            raise UserError('config.data.text: not set, and config.text needs its vocabulary.')
+        sizes = {'vocabulary': tokens.vocabulary, 'length': tokens.length}
+        towers['text'] = tower('text', config.text, 'config.text', **sizes)
+    image = tower('image', config.model, 'config.model')
+    return config_lib.build('methods', config.method, 'config.method', image, **towers)
+
+
+def pretrained(workdir: str) -> Encoders:
+    """What the newest checkpoint of another run holds: see `Method.encoders`.
+
+    Raises:
+        UserError: there is no run in workdir, or no complete checkpoint of it.
+    """
+    config = config_lib.base()
+    with config.unlocked():
+        config.update(checkpoint.read(workdir))
+        config.init_from = ''
+    return build_method(config, {}).encoders(*checkpoint.weights(workdir))

@@ -5,13 +5,11 @@ bits: its checkpoint holds the TrainState and the position in the data, and the 
 depends on the seed and the step alone.
 """
 
-import functools
-import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,31 +20,18 @@ from jax.experimental import multihost_utils
 
 from contrastive_jax import (
     STARTED,
-    augment,
     checkpoint,
-    data,
-    evals,
+    encoding,
     figures,
     parallel,
     program,
 )
 from contrastive_jax import config as config_lib
 from contrastive_jax import metrics as records
-from contrastive_jax.config import Config, UserError, build
+from contrastive_jax.config import Config, UserError
 from contrastive_jax.data import pipeline
-from contrastive_jax.method import Encode
+from contrastive_jax.program import Parts
 from contrastive_jax.state import TrainState
-
-PIXELS = 'pixels_'  # prefix of the raw-pixel baseline's metric names
-
-
-class Parts(NamedTuple):
-    """What a config describes, built."""
-
-    splits: dict[str, data.Source]
-    bad: pipeline.BadRecords
-    evaluators: dict[str, evals.Evaluate]
-    program: program.Program
 
 
 def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, float]:
@@ -70,7 +55,7 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
             raise config_lib.unknown('key', key, config_lib.base(), 'config')
     checkpoint.check(workdir, config.to_dict(), must_exist=eval_only)
     with jax.set_mesh(mesh):
-        parts = build_parts(config, workdir, mesh)
+        parts = program.build_parts(config, workdir, mesh)
         iterator = None if eval_only else _iterator(config, parts)
         # Nothing is written before all that a config can get wrong has been found right.
         if not eval_only:
@@ -87,18 +72,6 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
             checkpoints.close()
             writer.close()
     return values
-
-
-def build_parts(config: Config, workdir: str | None, mesh: jax.sharding.Mesh) -> Parts:
-    """Everything a config names; mistakes in it are found here, before anything runs."""
-    evaluators = {
-        name: build('evals', {'name': name, **options}, f'config.evals.{name}')
-        for name, options in config.evals.items()
-    }
-    splits = data.open_splits(config.data)
-    listed = epath.Path(workdir) / 'bad_records.jsonl' if workdir else None
-    bad = pipeline.BadRecords(listed, sum(map(len, splits.values())), config.data.max_bad)
-    return Parts(splits, bad, evaluators, program.build(config, mesh, len(splits['train'])))
 
 
 def _train(
@@ -154,6 +127,8 @@ def _train(
             if log:
                 values = {f'train/{k}': v for k, v in measured.items()}
                 values |= progress.values() | {'train/bad_records': parts.bad.count}
+                if tokens := parts.tokenizer:
+                    values['train/truncated_texts'] = tokens.truncated / max(tokens.seen, 1)
                 logging.info(progress.line(values, parts.bad.count))
                 writer.write(step, values)
             with progress.pause():
@@ -189,6 +164,7 @@ def _iterator(config: Config, parts: Parts) -> pipeline.BatchIterator:
         local_views=d.local_views,
         local_size=d.local_size,
         local_scale=d.local_scale,
+        tokenize=parts.tokenizer,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -210,7 +186,7 @@ def _refresh(
 
     def refresh(state: TrainState) -> TrainState:
         start = time.monotonic()
-        embeddings = _encoder(config, parts, mesh, state, embed).features('train').x_ND
+        embeddings = encoding.encoder(config, parts, mesh, state, embed).features('train').x_ND
         key = jax.random.fold_in(jax.random.key(config.seed ^ 0xE57E9), state.step)
         progress = state.step / parts.program.total_steps
         extra = update(state.extra, embeddings, key, progress)
@@ -238,66 +214,12 @@ def _evaluate_only(
     return values
 
 
-def load(workdir: str) -> tuple[Parts, evals.Encoder]:
-    """What a run has trained, to look at: its data and the newest checkpoint's encoder.
-
-    `encoder.features('test')` are the features and labels of a split.
-
-    Raises:
-        UserError: there is no run in workdir, or no complete checkpoint of it.
-    """
-    config = config_lib.base()
-    with config.unlocked():
-        config.update(checkpoint.read(workdir))
-    mesh = parallel.make_mesh()
-    with jax.set_mesh(mesh):
-        parts = build_parts(config, None, mesh)
-        checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.best)
-        state = checkpoints.restore(parts.program.state)
-        checkpoints.close()
-    if state is None:
-        raise UserError(f'there is no complete checkpoint in {workdir}/checkpoints.')
-    return parts, _encoder(config, parts, mesh, state)
-
-
-def _encoder(
-    config: Config,
-    parts: Parts,
-    mesh: jax.sharding.Mesh,
-    state: TrainState | None,
-    how: Encode | None = None,
-) -> evals.Encoder:
-    """A state's encoder (by `how`, or the method's own), or without a state the raw pixels."""
-    d = config.data
-
-    if state is None:
-        encode = functools.partial(_pixels, tuple(d.mean), tuple(d.std))
-    else:
-        how = how or parts.program.method.encode
-        forward = _forward(how, tuple(d.mean), tuple(d.std), parallel.rows(mesh))
-        encode = functools.partial(forward, state.params, state.extra)
-
-    def batches(name: str) -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.eval_batches(
-            parts.splits[name],
-            batch_size=config.batch_size,
-            image_size=d.image_size,
-            bad=parts.bad,
-            crop_fraction=d.crop_fraction,
-            interpolation=d.crop.interpolation,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-
-    return evals.Encoder(encode, tuple(parts.splits), parts.splits['train'].classes, batches, mesh)
-
-
 def _evaluate(
     config: Config, parts: Parts, mesh: jax.sharding.Mesh, state: TrainState | None
 ) -> dict[str, float]:
     """What every evaluator says of a state's encoder, or with None of the raw pixels."""
-    encoder = _encoder(config, parts, mesh, state)
-    prefix = PIXELS if state is None else ''
+    encoder = encoding.encoder(config, parts, mesh, state)
+    prefix = records.PIXELS if state is None else ''
     values: dict[str, float] = {}
     for name, evaluate in parts.evaluators.items():
         start = time.monotonic()
@@ -307,30 +229,6 @@ def _evaluate(
         said = '  '.join(f'{k} {v:.4g}' for k, v in found.items())
         logging.info('%s: %s (%.1f s)', what, said or 'nothing', time.monotonic() - start)
     return values
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _pixels(mean: tuple, std: tuple, batch: dict[str, jax.Array]) -> jax.Array:
-    """The raw-pixel baseline: normalised as for the encoder, at most 16 × 16 of them.
-
-    Cosines of pixels that are all positive say little, and all pixels of a photograph would not
-    fit. What the smaller size costs the baseline has not been measured.
-    """
-    images = augment.normalize(batch['image'], mean, std)
-    side = min(images.shape[1], 16)
-    images = jax.image.resize(images, (images.shape[0], side, side, 3), 'linear')
-    return images.reshape(images.shape[0], -1)
-
-
-@functools.lru_cache(maxsize=2)
-def _forward(encode: Encode, mean: tuple, std: tuple, split: Any) -> Callable:
-    """`(params, extra, batch of uint8 images) -> features`, compiled once for all evaluations."""
-
-    def forward(params: Any, extra: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        images = augment.normalize(batch['image'], mean, std)
-        return encode(params, extra, {'image': images})['features']
-
-    return jax.jit(forward, out_shardings=split)  # state and batch lie as they are
 
 
 def _check(
@@ -388,37 +286,8 @@ def _overview(state: TrainState, workdir: str) -> None:
 
 
 def _summary(workdir: str, parts: Parts) -> None:
-    """Prints the closing table and writes it to results.json."""
-    if jax.process_index() != 0:
-        return
-    last: dict[str, float] = {}
-    first: dict[str, float] = {}
-    for record in records.read(workdir):
-        found = {k: v for k, v in record.items() if k.startswith('eval/')}
-        if record['step'] == 0:
-            first |= found
-        else:
-            last |= found
-    columns = ['raw pixels', 'untrained', 'trained']
-    rows: dict[str, list[float | None]] = {}
-    for key in [k for k in last or first if k.endswith(('top1', 'per_class'))]:
-        _, evaluator, metric = key.split('/')
-        if metric.startswith(PIXELS):
-            continue
-        labels = metric.removeprefix('top1').strip('_').removesuffix('_per_class')
-        name = f'{evaluator}, {f"{labels} labels per class" if labels else "all labels"}'
-        pixels = first.get(f'eval/{evaluator}/{PIXELS}{metric}')
-        rows[name] = [pixels, first.get(key), last.get(key)]
-    if not rows:
-        return
-    test = len(parts.splits.get('test', ()))
-    print(
-        f'\nTop-1 accuracy (%) on {test} held-out images, linear classifiers on frozen features\n'
-    )
-    print(records.table(rows, columns), flush=True)
-    path = epath.Path(workdir) / 'results.json'
-    table = {name: dict(zip(columns, values, strict=True)) for name, values in rows.items()}
-    path.write_text(json.dumps(table, indent=2) + '\n')
+    if jax.process_index() == 0:
+        records.summary(workdir, len(parts.splits.get('test', ())))
 
 
 class _Stop:

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from contrastive_jax import parallel, train
+from contrastive_jax import parallel
+from contrastive_jax import program as programs
 from contrastive_jax.config import UserError, base, build
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
@@ -52,6 +53,9 @@ class Blank:
     def __getitem__(self, index):
         return {'image': np.zeros((8, 8, 3), np.uint8), 'label': 0}
 
+    def captions(self, index):
+        return ['a blank']
+
     def describe(self, index):
         return f'blank[{index}]'
 
@@ -65,10 +69,15 @@ def test_preset_builds_and_steps_abstractly(path, name, monkeypatch):
     with config.unlocked():  # one block a stage, because tracing the real ones takes minutes
         shallow = SHALLOW[config.model.name]
         config.model.update(shallow(len(config.model.get('blocks', (1, 1, 1, 1)))))
-    monkeypatch.setattr(train.data, 'open_splits', lambda data: {'train': Blank(), 'test': Blank()})
+        if config.text:
+            build('models', config.text, 'config.text', vocabulary=9, length=9)
+            config.text.depth = 1
+    monkeypatch.setattr(
+        programs.data, 'open_splits', lambda data: {'train': Blank(), 'test': Blank()}
+    )
     mesh = parallel.make_mesh()
     with jax.set_mesh(mesh):
-        parts = train.build_parts(config, None, mesh)
+        parts = programs.build_parts(config, None, mesh)
         program = parts.program
         before = jax.eval_shape(program.init)
         after, metrics = jax.eval_shape(program.step, before, program.batch)
@@ -79,5 +88,5 @@ def test_preset_builds_and_steps_abstractly(path, name, monkeypatch):
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
 def test_default_preset_is_the_embedded_data(path):
-    assert load(path).get_config().data.source == 'digits'
+    assert load(path).get_config().data.source in ('digits', 'digits:grids')
     assert load(path).get_config(None) == load(path).get_config('digits')

@@ -12,7 +12,7 @@ from contrastive_jax import data
 from contrastive_jax.config import UserError
 from contrastive_jax.data import BadRecord
 from contrastive_jax.data.bad_records import BadRecords
-from contrastive_jax.data.pipeline import eval_batches, train_iterator
+from contrastive_jax.data.pipeline import eval_batches, text_batches, train_iterator
 
 CROP = {'scale': (0.08, 1.0), 'ratio': (3 / 4, 4 / 3), 'interpolation': 'bicubic', 'flip': 0.5}
 
@@ -133,6 +133,59 @@ def test_state_resumes_the_stream_for_any_threads_and_processes():
     fresh.close()
     with pytest.raises(ValueError, match='closed'):
         next(fresh)
+
+
+class Captioned(Counting):
+    """Record i has the captions i0, i1 and i2."""
+
+    def captions(self, index):
+        return [f'{index}{n}' for n in range(3)]
+
+    def __getitem__(self, index):
+        return {**super().__getitem__(index), 'captions': self.captions(index)}
+
+
+def tokenize(texts):
+    return np.array([[int(text), -1] for text in texts], np.int32)
+
+
+def test_one_caption_of_each_image_is_drawn_anew_in_every_epoch():
+    source = Captioned(24)
+    plain, read = take(train(source), 9), take(train(source, tokenize=tokenize), 9)
+    assert_equal(plain, [{k: v for k, v in b.items() if k != 'text'} for b in read])
+    text, index = (np.concatenate([b[k] for b in read]) for k in ('text', 'index'))
+    assert text.dtype == np.int32
+    np.testing.assert_array_equal(text[:, 0] // 10, index)
+    drawn = {i: text[index == i, 0] % 10 for i in range(24)}
+    assert all(len(d) == 3 for d in drawn.values())
+    assert len({tuple(d) for d in drawn.values()}) > 6  # of 27
+    halves = [
+        take(train(source, tokenize=tokenize, process_index=i, process_count=2), 9) for i in (0, 1)
+    ]
+    joined = [np.concatenate([a['text'], b['text']]) for a, b in zip(*halves, strict=True)]
+    np.testing.assert_array_equal(np.concatenate(joined), text)
+
+
+def test_texts_in_batches_of_one_shape():
+    texts = [str(i) for i in range(11)]
+    for count in (1, 2):
+        parts = [
+            list(text_batches(padded, texts, batch_size=4, process_index=i, process_count=count))
+            for i in range(count)
+        ]
+        rows = [
+            {key: np.concatenate([p[key] for p in batch]) for key in batch[0]}
+            for batch in zip(*parts, strict=True)
+        ]
+        assert [len(b['text']) for b in rows] == [4, 4, 4]
+        mask = np.concatenate([b['mask'] for b in rows])
+        np.testing.assert_array_equal(mask, [1.0] * 11 + [0.0])
+        ids = np.concatenate([b['text'] for b in rows])[:, 0]
+        np.testing.assert_array_equal(ids, [*range(11), -1])
+
+
+def padded(texts):
+    return tokenize([text or '-1' for text in texts])
 
 
 LOCAL = {'local_views': 3, 'local_size': 4}

@@ -12,7 +12,16 @@ import numpy as np
 import optax
 import pytest
 
-from contrastive_jax import checkpoint, methods, optim, parallel, state
+from contrastive_jax import (
+    checkpoint,
+    losses,
+    methods,
+    models,
+    optim,
+    parallel,
+    state,
+    towers,
+)
 from contrastive_jax.config import UserError, build
 
 NAMES = [m.name for m in pkgutil.iter_modules(methods.__path__)]
@@ -34,16 +43,27 @@ CASES = [(n, 'vit') for n in NAMES] + [(n, 'resnet') for n in ('simclr', 'moco',
 B, SIDE, RECORDS = 16, 8, 100
 
 
+@functools.cache
 def small(name):
-    """The method's options in the embedded preset of its config."""
+    """The embedded preset of the method's config."""
     path = min(CONFIGS.glob(f'{name}*.py'), key=lambda p: len(p.stem))
-    return runpy.run_path(str(path))['get_config']('digits').method.to_dict()
+    return runpy.run_path(str(path))['get_config']('digits')
 
 
 @functools.cache
 def make(name, model='vit', **options):
+    config = small(name)
     model = build('models', MODELS[model], 'test')
-    return build('methods', {**small(name), **options}, 'test', model)
+    if config.text:
+        spec = {'name': 'transformer', 'width': 16, 'depth': 1, 'heads': 2}
+        options['text'] = build('models', spec, 'test', vocabulary=9, length=6)
+    return build('methods', {**config.method.to_dict(), **options}, 'test', model)
+
+
+def batch_of(name, seed=0):
+    """With as many views as the method's config says."""
+    found = batch(seed)
+    return {**found, 'views': found['views'][:, : small(name).data.views]}
 
 
 def batch(seed=0):
@@ -52,9 +72,13 @@ def batch(seed=0):
     label = rng.integers(0, 4, B).astype(np.int32)
     patterns = np.random.default_rng(7).normal(size=(4, 1, SIDE, SIDE, 3))
     views = patterns[label] + 0.5 * rng.normal(size=(B, 2, SIDE, SIDE, 3))
+    # The label's token between others, and padding behind.
+    text = rng.integers(4, 9, (B, 6))
+    text[:, 2], text[np.arange(6) >= rng.integers(3, 7, (B, 1))] = label, -1
     return {
         'views': views.astype(np.float32),
         'local_views': views[:, :, :4, :4].astype(np.float32),
+        'text': text.astype(np.int32),
         'label': label,
         'index': np.arange(B, dtype=np.int32),
     }
@@ -67,7 +91,7 @@ def initial(name, model, rate, **options):
     tx, _ = optim.make(
         name='sgd', learning_rate=rate, clip_norm=1.0, total_steps=50, batch_size=256
     )
-    example = {k: v[:1] for k, v in batch().items()}
+    example = {k: v[:1] for k, v in batch_of(name).items()}
     start = jax.jit(state.make_init(method, tx, seed=3, records=RECORDS))(example)
     return method, tx, start
 
@@ -103,7 +127,7 @@ class TestContract:
         mesh, init, step = trainer(name, model, 1)
         with jax.set_mesh(mesh):
             before = jax.eval_shape(init)
-            after, metrics = jax.eval_shape(step, before, batch())
+            after, metrics = jax.eval_shape(step, before, batch_of(name))
         same_structure(before, after)
         assert metrics['loss'].shape == ()
         assert metrics['loss'].dtype == jnp.float32
@@ -115,7 +139,7 @@ class TestContract:
             with jax.set_mesh(mesh):
                 s, run = init(), []
                 for i in range(3):
-                    s, metrics = step(s, parallel.shard_batch(mesh, batch(i)))
+                    s, metrics = step(s, parallel.shard_batch(mesh, batch_of(name, i)))
                     assert all(np.isfinite(m) for m in metrics.values())
                     run.append(float(metrics['loss']))
             losses.append(run)
@@ -128,10 +152,10 @@ class TestContract:
     def test_saved_and_restored_goes_on_with_the_same_bits(self, name, model, tmp_path):
         mesh, init, step = trainer(name, model, 8)
         with jax.set_mesh(mesh):
-            s, _ = step(init(), parallel.shard_batch(mesh, batch(0)))
+            s, _ = step(init(), parallel.shard_batch(mesh, batch_of(name, 0)))
             checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, best='none')
             checkpoints.save(s, None, 1)
-            s, metrics = step(s, parallel.shard_batch(mesh, batch(1)))
+            s, metrics = step(s, parallel.shard_batch(mesh, batch_of(name, 1)))
             checkpoints.wait()
             like = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(
@@ -140,13 +164,13 @@ class TestContract:
                 jax.eval_shape(init),
             )
             restored = checkpoints.restore(like)
-            again, metrics_again = step(restored, parallel.shard_batch(mesh, batch(1)))
+            again, metrics_again = step(restored, parallel.shard_batch(mesh, batch_of(name, 1)))
             checkpoints.close()
         equal_bits((s, metrics), (again, metrics_again))
 
     def test_encode_gives_features(self, name, model):
         method = make(name, model)
-        example = {k: jnp.asarray(v) for k, v in batch().items()}
+        example = {k: jnp.asarray(v) for k, v in batch_of(name).items()}
 
         def run():
             params, extra = method.init(jax.random.key(0), example, RECORDS)
@@ -175,7 +199,7 @@ class TestContract:
             s = init()
             before = separation(s)
             for i in range(40):
-                s, _ = step(s, batch(i))
+                s, _ = step(s, batch_of(name, i))
             assert separation(s) > 1.5 * before
 
 
@@ -249,6 +273,80 @@ def test_refresh_keeps_the_state_s_structure_on_any_number_of_devices(name):
         found.append(late)
     for one, eight in zip(*map(jax.tree.leaves, found), strict=True):
         assert np.allclose(one, eight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', [n for n in NAMES if small(n).text])
+class TestText:
+    def test_images_and_texts_share_a_space(self, name):
+        method, _, start = initial(name, 'vit', 0.1)
+        tx, _ = optim.make(name='adamw', learning_rate=0.01, total_steps=60, batch_size=256)
+        step = jax.jit(state.make_step(method, tx, lambda key, batch: batch, 3, 60))
+        encode = jax.jit(method.encode)
+        with jax.set_mesh(parallel.make_mesh(jax.devices()[:1])):
+            s = start._replace(opt=tx.init(start.params))
+            for i in range(60):
+                s, _ = step(s, batch_of(name, i))
+            test = batch(1000)
+            images = encode(s.params, s.extra, {'image': test['views'][:, 0]})['embedding']
+            texts = encode(s.params, s.extra, {'text': test['text']})
+        assert set(texts) == {'embedding'}
+        cosines = losses.unit(images) @ losses.unit(texts['embedding']).T
+        same = test['label'][:, None] == test['label'][None, :]
+        assert cosines[same].mean() > cosines[~same].mean() + 0.2
+
+    def test_a_frozen_image_encoder_stays_as_it_is(self, name):
+        """LiT: not a bit of it changes, and it is in no optimiser's state."""
+        mesh, init, step = trainer(name, 'vit', 1, frozen=True, projection=16)
+        with jax.set_mesh(mesh):
+            s = before = init()
+            for i in range(3):
+                s, _ = step(s, batch_of(name, i))
+        assert 'encoder' not in s.params
+        equal_bits(s.extra['frozen'], before.extra['frozen'])
+        encoders = make(name, frozen=True, projection=16).encoders(s.params, s.extra)
+        equal_bits(encoders['image'][0], before.extra['frozen']['encoder'])
+
+    def test_mistakes_are_explained(self, name):
+        example = {k: jnp.asarray(v) for k, v in batch_of(name).items()}
+        with pytest.raises(UserError, match=r'projection: got 8;.*16'):
+            make(name, frozen=True, projection=8).init(jax.random.key(0), example, RECORDS)
+        without = {k: v for k, v in example.items() if k != 'text'}
+        with pytest.raises(UserError, match=r'config\.data\.text: not set'):
+            make(name).init(jax.random.key(0), without, RECORDS)
+        model = build('models', MODELS['vit'], 'test')
+        with pytest.raises(UserError, match="'text' is required"):
+            build('methods', small(name).method.to_dict(), 'config.method', model)
+
+    def test_micro_batches_give_the_whole_batch_s_gradients(self, name):
+        whole = make(name)
+        parts = models.Microbatched(build('models', MODELS['vit'], 'test'), 4)
+        spec = {'name': 'transformer', 'width': 16, 'depth': 1, 'heads': 2}
+        text = models.Microbatched(build('models', spec, 'test', vocabulary=9, length=6), 4)
+        config = small(name).method.to_dict()
+        cut = build('methods', config, 'test', parts, text=text)
+        example = {k: jnp.asarray(v) for k, v in batch_of(name).items()}
+        _, _, start = initial(name, 'vit', 0.1)
+        both = [
+            jax.jit(jax.grad(method.loss, has_aux=True))(
+                start.params, start.extra, example, jax.random.key(0), jnp.float32(0)
+            )[0]
+            for method in (whole, cut)
+        ]
+        for a, b in zip(*map(jax.tree.leaves, both), strict=True):
+            assert np.allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(a).max())
+
+
+def test_clip_s_scale_never_counts_for_more_than_its_limit_and_can_fall_again():
+    def slope(x, sign):
+        return jax.grad(lambda x: sign * towers.at_most(x, 1.0))(jnp.float32(x))
+
+    assert towers.at_most(jnp.float32(3), 1.0) == 1
+    assert towers.at_most(jnp.float32(0.5), 1.0) == 0.5
+    assert slope(0.5, 1) == 1
+    assert slope(0.5, -1) == -1
+    # Descent along −gradient would go up, and must not; down it may.
+    assert slope(3.0, -1) == 0
+    assert slope(3.0, 1) == 1
 
 
 @pytest.mark.parametrize('stop_gradient', [True, False])

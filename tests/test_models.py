@@ -413,6 +413,31 @@ def test_convolution_gradients(batch, side, stride, padding, size):
     np.testing.assert_allclose(d_kernel, loops, atol=1e-4)
 
 
+def test_attention_pooling_is_the_papers():
+    """Two heads of 64: the mean's query against the mean and every place."""
+    module = resnet.AttentionPool()
+    x = images(2, 2, 3, 128)
+    params = drawn_pool(module, x)
+    got = module.apply({'params': params}, x)
+    p = jax.tree.map(lambda v: np.asarray(v, np.float64), params)
+    for image, found in zip(np.asarray(x, np.float64), got, strict=True):
+        places = image.reshape(6, 128)
+        tokens = np.concatenate([places.mean(0, keepdims=True), places])
+        tokens = tokens + p['position_embedding'][0]
+        q = tokens[0] @ p['query']['kernel'] + p['query']['bias']
+        k = tokens @ p['key']['kernel']
+        v = tokens @ p['value']['kernel'] + p['value']['bias']
+        for head in (slice(0, 64), slice(64, 128)):
+            score = np.exp(k[:, head] @ q[head] / 8)
+            np.testing.assert_allclose(found[head], score / score.sum() @ v[:, head], atol=1e-4)
+
+
+def drawn_pool(module, x):
+    rng = np.random.default_rng(1)
+    like = jax.eval_shape(module.init, jax.random.key(0), x)['params']
+    return jax.tree.map(lambda v: np.float32(rng.normal(size=v.shape) / 11), like)
+
+
 def test_resnet_starts_as_the_identity():
     for zero in (True, False):
         module = resnet.make(widths=(8,), blocks=(1,), stem='cifar', zero_init_last=zero)
@@ -430,6 +455,7 @@ ALIVE = {
     'vit cls': (vit.make(**TINY_VIT, position='learned'), (16, 8, 8, 3)),
     'vit mean': (vit.make(**TINY_VIT, pool='mean', **FROZEN_AND_SCALED), (16, 8, 8, 3)),
     'resnet': (resnet.make(**TINY_RESNET), (16, 8, 8, 3)),
+    'resnet attention': (resnet.make(**TINY_RESNET, pool='attention'), (16, 16, 8, 3)),
     'head': (MLP(hidden=16, out=8, layers=3, last_batch_norm=True), (16, 12)),
 }
 

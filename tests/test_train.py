@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from contrastive_jax import metrics, train
+from contrastive_jax import encoding, metrics
 from contrastive_jax.config import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -139,6 +139,46 @@ def test_a_run_that_clusters_between_epochs_goes_on_with_the_same_bits(tmp_path)
     assert all(x > 0 for x in protos[11:])
 
 
+def test_a_run_with_captions_goes_on_with_the_same_bits(tmp_path):
+    """Its tokenizer is trained once, and a started run's image encoder is where it begins."""
+    tiny = [
+        '--config=configs/clip_vit.py',
+        *TINY[1:10],
+        '--config.text.width=16',
+        '--config.text.depth=1',
+        '--config.text.heads=2',
+        '--config.method.projection=8',
+        "--config.evals={'retrieval': {}}",
+    ]
+    finish(start(tmp_path / 'whole', tiny=tiny))
+    process = start(tmp_path / 'killed', tiny=tiny)
+    wait_for(tmp_path / 'killed', 8)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = (tmp_path / 'killed/tokenizer.json').stat().st_mtime_ns
+    out = finish(start(tmp_path / 'killed', tiny=tiny, devices=1))
+    assert 'continuing' in out
+    assert (tmp_path / 'killed/tokenizer.json').stat().st_mtime_ns == before
+    assert_same_bits(tmp_path / 'whole', tmp_path / 'killed')
+    records = [
+        r for r in metrics.read(tmp_path / 'whole') if 'eval/retrieval/text_to_image_r1' in r
+    ]
+    assert [r['step'] for r in records] == [0, 12]
+
+    lit = [
+        f'--config.init_from={tmp_path / "whole"}',
+        '--config.method.projection=16',
+        '--config.method.frozen=True',
+    ]
+    finish(start(tmp_path / 'frozen', *lit, tiny=tiny))
+    theirs, ours = parameters(tmp_path / 'whole'), parameters(tmp_path / 'frozen')
+    encoder = [k for k in theirs if k.startswith("['params']['encoder']")]
+    assert encoder
+    for key in encoder:
+        frozen = key.replace("['params']", "['extra']['frozen']")
+        assert np.array_equal(theirs[key], ours[frozen]), key
+
+
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments(whole, tmp_path):
     """At any moment, from start-up to the last save."""
@@ -221,7 +261,7 @@ def test_eval_only(whole, tmp_path):
 
 
 def test_what_was_trained_can_be_looked_at(whole, tmp_path):
-    parts, encoder = train.load(str(whole))
+    parts, encoder = encoding.open_run(str(whole))
     test = encoder.features('test')
     count = len(parts.splits['test'])
     assert test.x_ND.shape[1] == 16
@@ -229,7 +269,7 @@ def test_what_was_trained_can_be_looked_at(whole, tmp_path):
     labels = [parts.splits['test'][i]['label'] for i in range(count)]
     assert test.label_N[:count].tolist() == labels
     with pytest.raises(UserError, match='no run'):
-        train.load(str(tmp_path))
+        encoding.open_run(str(tmp_path))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(tmp_path):

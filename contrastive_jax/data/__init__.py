@@ -5,8 +5,10 @@ batches. Importing this package imports neither grain nor an image library.
 """
 
 import hashlib
+import inspect
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 from absl import logging
 
@@ -19,10 +21,14 @@ class BadRecord(Exception):
 
 
 class Record(TypedDict):
-    """One picture: `image` [H, W, 3] uint8 of any size, `label` (-1 where there is none)."""
+    """One picture: `image` [H, W, 3] uint8 of any size, `label` (-1 where there is none).
+
+    `captions`, at least one, where the source has `captions(index)`.
+    """
 
     image: Any
     label: int
+    captions: NotRequired[list[str]]
 
 
 class Source(Protocol):
@@ -31,6 +37,10 @@ class Source(Protocol):
     `classes` holds the class names in label order, [] where the records have no labels.
     `source[i]` raises BadRecord(reason) for a record that cannot be used. `describe(i)` names the
     record for people, a path or 'name[i]', and is unique over the splits.
+
+    A source of pictures with captions also has `captions(i)`, which gives a record's without
+    decoding the picture and raises BadRecord where there is none. It may have `skipped`, a list of
+    (name, reason) for what was left out: empty captions, unusable lines.
     """
 
     classes: list[str]
@@ -56,6 +66,18 @@ class Subset:
 
     def describe(self, index: int) -> str:
         return self.source.describe(self.indices[index])
+
+    @property
+    def captions(self) -> Callable[[int], list[str]]:
+        """The source's; an AttributeError, so that `hasattr` tells, where it has none."""
+        source: Any = self.source
+        read = source.captions
+        return lambda index: read(self.indices[index])
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """What the whole source left out."""
+        return getattr(self.source, 'skipped', [])
 
 
 def hold_out(
@@ -91,14 +113,50 @@ def hold_out(
     return {'train': Subset(source, train), 'test': Subset(source, test)}
 
 
+def captions(source: Any, index: int) -> list[str]:
+    """A record's captions, or none where it cannot be used; the source must have captions."""
+    try:
+        return source.captions(index)
+    except BadRecord:
+        return []
+
+
+def split_of(name: str) -> str | None:
+    """'train', 'test' or 'validation' where a word of the name begins so: 'captions_val2017'."""
+    found = re.search(r'(?<![a-z])(train|test|val)', name.lower())
+    return {'val': 'validation'}.get(found[1], found[1]) if found else None
+
+
+def with_test(
+    splits: dict[str, Source], fraction: float, key: Callable[[int], str], name: str
+) -> dict[str, Source]:
+    """The splits; without a test split, validation serves as one, else `hold_out` makes one.
+
+    Args:
+        splits: 'train' and any others.
+        fraction, key, name: see `hold_out`; key is of a record of train.
+
+    Raises:
+        UserError: fraction outside [0, 1).
+    """
+    if 'test' in splits:
+        return splits
+    if 'validation' not in splits:
+        return hold_out(splits['train'], fraction, key, name)
+    logging.info('no test split in %s: validation serves as test', name)
+    return {'train': splits['train'], 'test': splits['validation']}
+
+
 def open_splits(data: Any) -> dict[str, Source]:
     """Opens the splits of the source that a config names.
 
     Args:
-        data: a mapping (config.data) with `source`: 'digits', 'folder', 'tfds:<name>' or
-            'array_record', the part before ':' being a module of `data/sources`; `root`: a
-            directory, '' where the source needs none; `holdout`: the share of train that serves as
-            test where the source has no test split (default 0.1). Other keys are not read.
+        data: a mapping (config.data) with `source`: 'digits', 'digits:grids', 'folder', 'captions',
+            'webdataset', 'tfds:<name>' or 'array_record', the part before ':' being a module of
+            `data/sources`; `root`: a directory, '' where the source needs none; `holdout`: the
+            share of train that serves as test where the source has no test split (default 0.1);
+            `captions`: the file of them. The other keys are read where the source's `make` has a
+            parameter of that name.
 
     Returns:
         'train' and 'test', and 'validation' where the source has one of its own beside a test
@@ -107,10 +165,16 @@ def open_splits(data: Any) -> dict[str, Source]:
     Raises:
         UserError: unknown source, or what the source says is missing.
     """
+    where = 'config.data.source'
     name, _, argument = str(data.get('source', '')).partition(':')
-    options = {key: data[key] for key in ('root', 'holdout') if key in data}
-    spec = {'name': name, 'argument': argument, **options}
-    return config.build('data.sources', spec, 'config.data.source')
+    make = config.module('data.sources', name, where).make
+    options = {key: data[key] for key in inspect.signature(make).parameters if key in data}
+    if data.get('captions') and 'captions' not in options:
+        raise UserError(
+            f'config.data.captions: got {data["captions"]!r}, but the source {name!r} reads no '
+            "such file; 'captions' does."
+        )
+    return config.call(make, where, argument=argument, **options)
 
 
 def reject_argument(argument: str, name: str) -> None:

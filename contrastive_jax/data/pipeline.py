@@ -68,6 +68,7 @@ def train_iterator(
     local_views: int = 0,
     local_size: int = 96,
     local_scale: Sequence[float] = (0.05, 0.4),
+    tokenize: Callable[[Sequence[str]], np.ndarray] | None = None,
     process_index: int = 0,
     process_count: int = 1,
     threads: int | None = None,
@@ -88,6 +89,8 @@ def train_iterator(
             arXiv:2006.09882, section 3.2). They are drawn after the others, which stay the same.
         local_size: h = w of these, pixels.
         local_scale: smallest and largest share of the area of these; the rest is as `crop` says.
+        tokenize: n texts to [n, T] int32; None: captions are not read. Of the captions of an image
+            one is drawn, after its crops, which stay the same.
         process_index: this process; it yields rows [index·b, (index+1)·b) of every global batch.
         process_count: b = batch_size / process_count.
         threads: that decode and crop; 0 works in the caller's thread. None: 1 for records of at
@@ -95,9 +98,9 @@ def train_iterator(
 
     Returns:
         A grain.DatasetIterator of {'views': [b, V, H, W, 3] uint8, 'label': [b] int32 (-1 where
-        there is none), 'index': [b] int32 the record used}, and with L > 0 'local_views':
-        [b, L, h, w, 3] uint8. `get_state`, `set_state` and `start_prefetch` as grain's; `close`
-        ends its threads.
+        there is none), 'index': [b] int32 the record used}, with L > 0 'local_views':
+        [b, L, h, w, 3] uint8, and with `tokenize` 'text': [b, T] int32. `get_state`, `set_state`
+        and `start_prefetch` as grain's; `close` ends its threads.
 
     Raises:
         UserError: fewer records than a batch, a batch that does not divide by the processes, seed,
@@ -126,6 +129,7 @@ def train_iterator(
         views_bVHWC = np.empty((chunk, views, image_size, image_size, 3), np.uint8)
         local_bLHWC = np.empty((chunk, local_views, local_size, local_size, 3), np.uint8)
         label_b, index_b = np.empty(chunk, np.int32), np.empty(chunk, np.int32)
+        texts: list[str] = []
         for row, position in enumerate(range(start, start + chunk)):
             epoch, place = divmod(position, count)
             index, record = _usable(source, int(_order(seed, epoch, count)[place]), bad)
@@ -140,8 +144,15 @@ def train_iterator(
                     picture, rng, local_size, **local_options
                 )
             label_b[row], index_b[row] = record['label'], index
+            if tokenize:
+                captions = record.get('captions', [])
+                texts.append(captions[rng.integers(len(captions))])
         found = {'views': views_bVHWC, 'label': label_b, 'index': index_b}
-        return {**found, 'local_views': local_bLHWC} if local_views else found
+        if local_views:
+            found['local_views'] = local_bLHWC
+        if tokenize:
+            found['text'] = tokenize(texts)
+        return found
 
     return _batches(rows, 2**48, local // chunk, _threads(source, threads))
 
@@ -212,6 +223,36 @@ def eval_batches(
             iterator.close()
 
     return until_closed()
+
+
+def text_batches(
+    tokenize: Callable[[Sequence[str]], np.ndarray],
+    texts: Sequence[str],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every text once, in order, in batches of one shape; every process yields as many.
+
+    Args:
+        tokenize: n texts to [n, T] int32.
+        texts: M of them, the same on every process.
+        batch_size: B, over all processes.
+        process_index: this process; it yields rows [index·b, (index+1)·b) of every global batch.
+        process_count: b = batch_size / process_count.
+
+    Yields:
+        {'text': [b, T] int32, 'label': [b] int32, all -1, 'mask': [b] float32}, ceil(M / B) times.
+        Padding has mask 0 and the ids of the empty text.
+    """
+    local = _local_rows(batch_size, process_count)
+    for batch in range(0, len(texts), batch_size):
+        start = batch + process_index * local
+        some = list(texts[start : min(start + local, len(texts))])
+        mask_b = (np.arange(local) < len(some)).astype(np.float32)
+        ids_bT = tokenize([*some, *[''] * (local - len(some))])
+        yield {'text': ids_bT, 'label': np.full(local, -1, np.int32), 'mask': mask_b}
 
 
 def _batches(

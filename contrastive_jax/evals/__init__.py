@@ -42,38 +42,52 @@ class Encoder:
 
     def __init__(
         self,
-        encode: Callable[[dict[str, jax.Array]], jax.Array],
+        encode: Callable[[dict[str, jax.Array], str], jax.Array],
         splits: Sequence[str],
         classes: Sequence[str],
         batches: Callable[[str], Iterator[dict[str, np.ndarray]]],
         mesh: Mesh,
+        *,
+        texts: Callable[[Sequence[str]], Iterator[dict[str, np.ndarray]]] | None = None,
+        captions: Callable[[str], list[list[str]] | None] = lambda split: None,
     ):
         """
         Args:
-            encode: jitted `{'image': [B, H, W, 3] uint8, 'label', 'mask'} -> [B, D]` of a global
-                batch, sharded on B.
+            encode: jitted `({'image': [B, H, W, 3] uint8, 'label', 'mask'}, name) -> [B, D]` of a
+                global batch, sharded on B; or of one with 'text' [B, T] int32 in the image's place.
+                The name is 'features', or 'embedding' in a space that images and texts share.
             splits: names of the splits there are: 'train', 'test', maybe 'validation'.
             classes: class names in label order; empty where nothing is labelled.
             batches: `(split) ->` this process's batches of NumPy arrays 'image', 'label' [b] int32
                 and 'mask' [b] float32 (0: padding or a bad record), all of one shape.
             mesh: what batches and features are sharded over.
+            texts: `(texts) ->` this process's batches of 'text', 'label' and 'mask'. None: the
+                encoder reads no text.
+            captions: `(split) ->` the captions of every record, none for a bad one; None where the
+                data has none.
         """
         self.splits, self.classes, self.mesh = tuple(splits), list(classes), mesh
         self._encode, self._batches = encode, batches
-        self._features: dict[str, Features] = {}
+        self._texts, self.captions, self.reads_text = texts, captions, texts is not None
+        self._features: dict[tuple[str, str], Features] = {}
 
-    def features(self, split: str) -> Features:
-        """The features of a split, computed at the first call.
+    def features(self, split: str, name: str = 'features') -> Features:
+        """The features of a split, or its images' 'embedding', computed at the first call.
 
         They pass through the host batch by batch: there the parts are joined without compiling
         anything, and no device holds a split twice. While joining, each process needs host memory
         for the split (ImageNet's 1.28 M rows of 2048 float32: 10 GB).
         """
-        if split not in self._features:
-            self._features[split] = self._compute(split)
-        return self._features[split]
+        if (split, name) not in self._features:
+            self._features[split, name] = self._compute(self._batches(split), name)
+        return self._features[split, name]
 
-    def _compute(self, split: str) -> Features:
+    def texts(self, texts: Sequence[str]) -> jax.Array:
+        """Embeddings of texts, [M, D] float32 and padded with zeros, not normalised."""
+        assert self._texts is not None, 'the encoder reads no text'
+        return self._compute(self._texts(texts), 'embedding').x_ND
+
+    def _compute(self, batches: Iterator[dict[str, np.ndarray]], name: str) -> Features:
         x, label = [], []
         waiting: list[tuple[jax.Array, ...]] = []
 
@@ -88,12 +102,14 @@ class Encoder:
             x[-1] = np.where(counts_B[:, None], x[-1], 0)
             label.append(np.where(counts_B, label_B, -1).astype(np.int32))
 
-        for numpy_batch in self._batches(split):
+        for numpy_batch in batches:
             # Where a row is in the global batch: the mesh may order processes' devices otherwise.
             count = len(numpy_batch['label'])
             place = np.arange(count, dtype=np.int32) + jax.process_index() * count
             batch = parallel.shard_batch(self.mesh, {**numpy_batch, 'place': place})
-            waiting.append((self._encode(batch), batch['label'], batch['mask'], batch['place']))
+            waiting.append(
+                (self._encode(batch, name), batch['label'], batch['mask'], batch['place'])
+            )
             if len(waiting) > 2:  # the devices always have the next batches to work on
                 collect()
         while waiting:
@@ -105,11 +121,12 @@ class Encoder:
         parts = [self.features(s) for s in ('train', 'validation') if s in self.splits]
         if len(parts) == 1:
             return parts[0]
-        if 'labelled' not in self._features:
+        key = 'labelled', 'features'
+        if key not in self._features:
             x_ND = np.concatenate([parallel.to_host(p.x_ND) for p in parts])
             label_N = np.concatenate([p.label_N for p in parts])
-            self._features['labelled'] = put(self.mesh, x_ND, label_N)
-        return self._features['labelled']
+            self._features[key] = put(self.mesh, x_ND, label_N)
+        return self._features[key]
 
     def missing(self) -> str:
         """Why a classifier cannot be evaluated, or ''."""

@@ -358,10 +358,12 @@ def n_pair(
         ValueError: shapes that differ; labels that are no integers.
     """
     check_pairs('n_pair', anchor_BD, positive_BD)
-    anchors, positives, dtype = _pairs(anchor_BD, positive_BD)
+    pair_B = jnp.arange(anchor_BD.shape[0], dtype=jnp.int32)
     if labels_B is not None:
         check_labels('n_pair', anchor_BD, labels_B)
-        anchors['pair'] = positives['pair'] = labels_B
+        pair_B = jnp.asarray(labels_B)
+    anchors, positives = ({'pair': pair_B, 'z': x_BD} for x_BD in (anchor_BD, positive_BD))
+    dtype = jnp.promote_types(anchor_BD.dtype, positive_BD.dtype)
 
     def negatives(anchor: dict, positive: dict) -> jax.Array:
         paired_mn = anchor['pair'][:, None] == positive['pair'][None, :]

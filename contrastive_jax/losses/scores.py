@@ -17,10 +17,13 @@ def unit(x_BD: jax.Array) -> jax.Array:
 
 
 def items(x_BD: jax.Array) -> dict[str, jax.Array]:
-    """What `cosine` needs: embeddings as they are, and one over their length.
+    """What `cosine` needs: unit rows, or bfloat16 ones as they are and one over their length.
 
-    Kept apart, a bfloat16 embedding is never rounded again, and travels as two bytes a number.
+    Kept apart, a bfloat16 embedding is never rounded again, and travels as two bytes a number. With
+    float32 a product is all that is left to do for a score, and for its gradient.
     """
+    if x_BD.dtype != jnp.bfloat16:
+        return {'z': unit(x_BD)}
     return {'z': x_BD, 'scale': _inverse_length(x_BD.astype(jnp.float32))}
 
 
@@ -48,7 +51,10 @@ def inner(a_mD: jax.Array, b_nD: jax.Array, dtype: Any) -> jax.Array:
 
 def cosine(a: dict[str, jax.Array], b: dict[str, jax.Array], dtype: Any) -> jax.Array:
     """All cosines [m, n] of two blocks of `items`."""
-    return inner(a['z'], b['z'], dtype) * a['scale'][:, None] * b['scale'][None, :]
+    cosines_mn = inner(a['z'], b['z'], dtype)
+    if 'scale' in a:
+        cosines_mn = cosines_mn * a['scale'][:, None]
+    return cosines_mn * b['scale'][None, :] if 'scale' in b else cosines_mn
 
 
 def check_pairs(loss: str, a_BD: jax.Array, b_BD: jax.Array) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from contrastive_jax import losses, memory, models
 from contrastive_jax.heads import DINOHead
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import Network, check_numbers, hold, join_crops
+from contrastive_jax.network import Network, check_numbers, hold, join_crops, target_encoder
 
 
 def make(
@@ -85,4 +85,6 @@ def make(
         }
         return value, (extra, metrics)
 
-    return Method(init, loss, network.encode_target, memory.rising(momentum))
+    return Method(
+        init, loss, network.encode_target, memory.rising(momentum), encoders=target_encoder
+    )

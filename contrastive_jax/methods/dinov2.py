@@ -16,7 +16,7 @@ from contrastive_jax.augment.masking import block_mask
 from contrastive_jax.config import UserError
 from contrastive_jax.heads import DINOHead
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import Network, check_numbers, hold, join_crops
+from contrastive_jax.network import Network, check_numbers, hold, join_crops, target_encoder
 
 MODULES = ('encoder', 'head', 'patch_head')
 
@@ -154,4 +154,6 @@ def make(
         }
         return value, (extra, metrics)
 
-    return Method(init, loss, network.encode_target, memory.rising(momentum))
+    return Method(
+        init, loss, network.encode_target, memory.rising(momentum), encoders=target_encoder
+    )

@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from contrastive_jax.config import UserError
+
 
 class Microbatched(NamedTuple):
     """An encoder that trains on one part of the batch after another: exact gradient caching.
@@ -23,11 +25,20 @@ class Microbatched(NamedTuple):
     its own.
     """
 
-    module: nn.Module
+    module: 'nn.Module | Pretrained'
     parts: int
 
 
-Encoder = nn.Module | Microbatched
+class Pretrained(NamedTuple):
+    """An encoder that starts from given weights instead of random ones."""
+
+    module: nn.Module
+    params: Any
+    stats: Any
+    origin: str  # for errors
+
+
+Encoder = nn.Module | Microbatched | Pretrained
 
 
 def init(module: Encoder, key: jax.Array, x: jax.Array, **inputs: Any) -> tuple[Any, Any]:
@@ -46,8 +57,43 @@ def init(module: Encoder, key: jax.Array, x: jax.Array, **inputs: Any) -> tuple[
     """
     if isinstance(module, Microbatched):
         module = module.module
-    variables = module.init(key, x, train=False, **inputs)
-    return variables.get('params', {}), variables.get('batch_stats', {})
+    given = module if isinstance(module, Pretrained) else None
+    plain: Any = given.module if given else module
+
+    def start() -> Any:
+        return plain.init(key, x, train=False, **inputs)
+
+    variables = jax.eval_shape(start) if given else start()
+    found = variables.get('params', {}), variables.get('batch_stats', {})
+    return _given(given, *found) if given else found
+
+
+def _given(given: Pretrained, params: Any, stats: Any) -> tuple[Any, Any]:
+    """The given weights, if they are those that the module has by its shapes.
+
+    Raises:
+        UserError: they are not; the first differences are listed.
+    """
+
+    def shapes(*trees: Any) -> dict[str, tuple[int, ...]]:
+        return {
+            jax.tree_util.keystr(path, simple=True, separator='/'): x.shape
+            for tree in trees
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    ours, theirs = shapes(params, stats), shapes(given.params, given.stats)
+    names = [n for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)]
+    if names:
+        listed = [
+            f'\n  {n}: here {ours.get(n, "missing")}, there {theirs.get(n, "missing")}'
+            for n in names[:5]
+        ]
+        raise UserError(
+            f'config.init_from: the weights of {given.origin} do not fit this encoder; '
+            f'{len(names)} differ, first:{"".join(listed)}'
+        )
+    return jax.tree.map(jnp.asarray, (given.params, given.stats))
 
 
 def apply(
@@ -75,6 +121,8 @@ def apply(
         if train and module.parts > 1:
             return _by_parts(*module, params, stats, x, key, inputs)
         module = module.module
+    if isinstance(module, Pretrained):
+        module = module.module
     variables = {'params': params, 'batch_stats': stats} if stats else {'params': params}
     rngs = None if key is None else {'drop_path': key}
     if not (stats and train):
@@ -86,7 +134,7 @@ def apply(
 
 
 def _by_parts(
-    module: nn.Module,
+    module: nn.Module | Pretrained,
     parts: int,
     params: Any,
     stats: Any,

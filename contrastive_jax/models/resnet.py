@@ -9,6 +9,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from contrastive_jax.config import UserError, choose
 
@@ -156,6 +157,31 @@ class Block(nn.Module):
         return nn.relu(x + y)
 
 
+class AttentionPool(nn.Module):
+    """The places of a map, as their mean attends to them (CLIP, Radford et al. 2021, section 2.4).
+
+    Heads are 64 wide. Paper: a linear layer follows; here: the projection into the shared space is
+    that layer.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, D] float32 -> [B, D]."""
+        width = x.shape[-1]
+        x = rearrange(x, 'B h w D -> B (h w) D')
+        x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)
+        start = nn.initializers.normal(width**-0.5)
+        x = x + self.param('position_embedding', start, (1, *x.shape[1:]))
+        heads = max(1, width // 64)
+        q = nn.Dense(width, name='query')(x[:, 0]) * (width // heads) ** -0.5
+        q = rearrange(q, 'B (K F) -> B K F', K=heads)
+        k = nn.Dense(width, use_bias=False, name='key')(x)  # softmax takes no notice of a bias
+        k = rearrange(k, 'B T (K F) -> B T K F', K=heads)
+        v = rearrange(nn.Dense(width, name='value')(x), 'B T (K F) -> B T K F', K=heads)
+        weights = jax.nn.softmax(jnp.einsum('BKF,BTKF->BKT', q, k), axis=-1)
+        return rearrange(jnp.einsum('BKT,BTKF->BKF', weights, v), 'B K F -> B (K F)')
+
+
 class ResNet(nn.Module):
     """See `make`."""
 
@@ -163,6 +189,7 @@ class ResNet(nn.Module):
     blocks: tuple[int, ...]
     block: str
     stem: str
+    pool: str
     zero_init_last: bool
     remat: bool
     dtype: jnp.dtype
@@ -196,7 +223,8 @@ class ResNet(nn.Module):
                     name=f'stage{stage}_block{i}',
                 )(x, train)
         x = x.astype(jnp.float32)
-        return x.mean(axis=(1, 2)), {'map': x}
+        pooled = AttentionPool(name='pool')(x) if self.pool == 'attention' else x.mean(axis=(1, 2))
+        return pooled, {'map': x}
 
 
 def make(
@@ -206,13 +234,14 @@ def make(
     blocks: Sequence[int] | None = None,
     block: str | None = None,
     stem: str = 'imagenet',
+    pool: str = 'mean',
     zero_init_last: bool = True,
     remat: bool = False,
     dtype: str = 'float32',
 ) -> ResNet:
     """A ResNet without its classifier.
 
-    Called as `module(x_BHWC, train)`, it returns the globally average-pooled features [B, D] and
+    Called as `module(x_BHWC, train)`, it returns the globally pooled features [B, D] and
     `{'map': [B, h, w, D]}`, float32. D is the last width, times 4 with bottleneck blocks. With
     train=True BatchNorm takes its statistics over the whole batch that the module is called on:
     the global batch under jit, however the batch is sharded. Running averages have momentum 0.9
@@ -227,6 +256,8 @@ def make(
         stem: 'imagenet' (7x7 stride 2, then 3x3 max-pool stride 2), 'cifar' (3x3 stride 1; SimCLR,
             appendix B.9) 'patch4' (4x4 stride 2: ours, a quarter of the work of 'cifar')
             or 'patch' (4x4 stride 4).
+        pool: 'mean', or 'attention' as CLIP's ResNets, for images of one size; D must be a multiple
+            of 64 where it is more.
         zero_init_last: start each block as the identity: scale 0 in its last BatchNorm (Goyal et
             al. 2017, arXiv:1706.02677, section 5.1). The block's other parameters then get no
             gradient in the first step.
@@ -256,9 +287,14 @@ def make(
         )
     choose('block', shape['block'], dict.fromkeys(BLOCKS), where)
     choose('stem', stem, STEMS, where)
+    choose('pool', pool, dict.fromkeys(('mean', 'attention')), where)
+    last = shape['widths'][-1] * (4 if shape['block'] == 'bottleneck' else 1)
+    if pool == 'attention' and last > 64 and last % 64:
+        raise UserError(f"{where}: got {last} features; pool='attention' needs a multiple of 64.")
     return ResNet(
         **shape,
         stem=stem,
+        pool=pool,
         zero_init_last=zero_init_last,
         remat=remat,
         dtype=choose('dtype', dtype, DTYPES, where),

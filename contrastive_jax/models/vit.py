@@ -54,13 +54,16 @@ def sincos2d(rows: int, columns: int, width: int, temperature: float = 10000.0) 
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of tokens that are flattened to [B T, D]; softmax in float32."""
+    """Multi-head self-attention of tokens that are flattened to [B T, D]; softmax in float32.
+
+    `seen`, bool [B, T, T] or [1, T, T], says which tokens (last axis) each one sees; None: all.
+    """
 
     heads: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, batch: int) -> jax.Array:
+    def __call__(self, x: jax.Array, batch: int, seen: jax.Array | None = None) -> jax.Array:
         width = x.shape[-1]
         qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=xavier_qkv, name='qkv')(x)
         q, k, v = rearrange(
@@ -68,6 +71,9 @@ class Attention(nn.Module):
         )
         q = q * (width // self.heads) ** -0.5
         scores = jnp.einsum('BKTF,BKSF->BKTS', q, k, preferred_element_type=jnp.float32)
+        if seen is not None:
+            # Not −inf: a token that sees nothing must not become NaN.
+            scores = jnp.where(seen[:, None], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         x = rearrange(jnp.einsum('BKTS,BKSF->BKTF', weights, v), 'B K T F -> (B T) (K F)')
         return nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name='out')(x)
@@ -87,9 +93,11 @@ class Block(nn.Module):
     layer_scale: float | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, batch: int, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, batch: int, train: bool = False, seen: jax.Array | None = None
+    ) -> jax.Array:
         y = nn.LayerNorm(dtype=self.dtype, name='norm1')(x)
-        y = Attention(self.heads, self.dtype, name='attention')(y, batch)
+        y = Attention(self.heads, self.dtype, name='attention')(y, batch, seen)
         x = x + self._branch('layer_scale1', y, batch, train)
         y = nn.LayerNorm(dtype=self.dtype, name='norm2')(x)
         y = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, name='mlp1')(y)

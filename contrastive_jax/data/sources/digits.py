@@ -1,14 +1,32 @@
-"""scikit-learn's handwritten digits: 1,797 real scans of 8 × 8 pixels, embedded, no download."""
+"""scikit-learn's handwritten digits: 1,797 real scans of 8 × 8 pixels, embedded, no download.
+
+'digits' are the scans. 'digits:grids' are pictures with captions: four digits in a 2 × 2 grid of
+16 × 16 pixels, 8,000 for training and 1,000 for testing, made of the same split of the scans. No
+combination of four digits occurs twice, so that a full description is one picture's alone and those
+of test have never been seen. The label is the digit at the top left.
+
+    three and seven above one and zero
+    top row three seven, bottom row one zero
+    a seven at the top right
+
+The third kind says a random one of the four corners, only in training: with it a prompt such as
+'a {} at the top left' means something.
+"""
 
 import gzip
 import importlib.util
 import os
 
 import numpy as np
+from einops import rearrange
 
-from contrastive_jax.data import Record, Source, Subset, reject_argument
+from contrastive_jax.config import UserError
+from contrastive_jax.data import Record, Source, Subset
 
 TEST = 500
+GRIDS = {'train': 8000, 'test': 1000}
+NAMES = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']
+CORNERS = ['top left', 'top right', 'bottom left', 'bottom right']
 
 
 class Digits:
@@ -32,6 +50,48 @@ class Digits:
         return f'digits[{index}]'
 
 
+class Grids:
+    """Grids of four digits, put together when they are asked for.
+
+    Args:
+        scans: the digits that they may use.
+        digits_N4: which digit stands in each corner, in the order of CORNERS.
+        split: 'train' or 'test'.
+    """
+
+    def __init__(self, scans: Subset, digits_N4: np.ndarray, split: str):
+        self.scans, self.digits_N4, self.split, self.classes = scans, digits_N4, split, NAMES
+        rng = np.random.default_rng(list(GRIDS).index(split))
+        labels_M = np.array([scans[i]['label'] for i in range(len(scans))])
+        # The scans of digit d are order_M[start_C[d] : start_C[d] + count_C[d]].
+        order_M, count_C = np.argsort(labels_M, kind='stable'), np.bincount(labels_M)
+        start_C = np.cumsum(count_C) - count_C
+        pick_N4 = (rng.random(digits_N4.shape) * count_C[digits_N4]).astype(int)
+        self.scans_N4 = order_M[start_C[digits_N4] + pick_N4]
+        self.corner_N = rng.integers(4, size=len(digits_N4))
+
+    def __len__(self) -> int:
+        return len(self.digits_N4)
+
+    def __getitem__(self, index: int) -> Record:
+        scans_KHWC = np.stack([self.scans[i]['image'] for i in self.scans_N4[index]])
+        image_HWC = rearrange(scans_KHWC, '(Y X) H W C -> (Y H) (X W) C', Y=2)
+        label = int(self.digits_N4[index, 0])
+        return {'image': image_HWC, 'label': label, 'captions': self.captions(index)}
+
+    def captions(self, index: int) -> list[str]:
+        names = [NAMES[digit] for digit in self.digits_N4[index]]
+        a, b, c, d = names
+        full = [f'{a} and {b} above {c} and {d}', f'top row {a} {b}, bottom row {c} {d}']
+        if self.split == 'test':
+            return full
+        corner = self.corner_N[index]
+        return [*full, f'a {names[corner]} at the {CORNERS[corner]}']
+
+    def describe(self, index: int) -> str:
+        return f'{self.split} grids[{index}]'
+
+
 def _table() -> np.ndarray:
     """[1797, 65] float64: 64 pixels and the label."""
     # The file that load_digits reads. Importing sklearn.datasets costs 1 to 2 s of start-up time.
@@ -48,19 +108,37 @@ def _table() -> np.ndarray:
 
 
 def make(argument: str = '', root: str = '', holdout: float = 0.1) -> dict[str, Source]:
-    """A fixed split, stratified by class: 1,297 for training, 500 for testing.
+    """A fixed split, stratified by class: 1,297 for training, 500 for testing, or their grids.
 
-    `root` and `holdout` are not used: the data are embedded and the split is fixed.
+    Args:
+        argument: '' for the scans, 'grids'.
+        root, holdout: not used: the data are embedded and the split is fixed.
+
+    Raises:
+        UserError: another argument.
     """
     del root, holdout
-    reject_argument(argument, 'digits')
+    if argument not in ('', 'grids'):
+        raise UserError(
+            f"config.data.source: 'digits' takes nothing after ':', got {argument!r}; or 'grids', "
+            'four digits a picture, with captions.'
+        )
     digits = Digits()
     # Every 1797/500-th record of the records sorted by class, in random order within a class.
     order = np.random.default_rng(0).permutation(len(digits))
     order = order[np.argsort(digits.labels_N[order], kind='stable')]
     test = order[np.arange(TEST) * len(order) // TEST]
     train = np.setdiff1d(order, test)
-    return {
+    splits = {
         'train': Subset(digits, train.tolist()),
         'test': Subset(digits, np.sort(test).tolist()),
+    }
+    if not argument:
+        return dict(splits)
+    numbers_N = np.random.default_rng(0).permutation(10**4)
+    digits_N4 = numbers_N[:, None] // [1000, 100, 10, 1] % 10
+    train_N4, test_N4, _ = np.split(digits_N4, [GRIDS['train'], sum(GRIDS.values())])
+    return {
+        'train': Grids(splits['train'], train_N4, 'train'),
+        'test': Grids(splits['test'], test_N4, 'test'),
     }

@@ -1,20 +1,24 @@
 """TensorFlow Datasets by name: 'tfds:cifar10', 'tfds:imagenet2012', 'tfds:my_dataset/config'.
 
 Read in random access through `tfds.data_source` (ArrayRecord files). The first use of a dataset
-downloads and prepares it into config.data.root, or TFDS's own directory where that is ''.
+downloads and prepares it into config.data.root, or TFDS's own directory where that is ''. Texts in
+a feature called caption, captions or text ('tfds:coco_captions') are the pictures' captions.
 """
 
 import difflib
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import BadRecord, Record, Source, hold_out
+from contrastive_jax.data import BadRecord, Record, Source, with_test
 from contrastive_jax.data.decode import decode
 
 VALIDATION = ('validation', 'val', 'valid', 'dev')
+CAPTIONS = ('captions', 'caption', 'text')
 
 
 class Tfds:
@@ -35,16 +39,50 @@ class Tfds:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Record:
+    def read(self, index: int) -> Any:
+        """The record as TFDS gives it."""
         try:
-            record = self.records[index]
+            return self.records[index]
         except Exception as error:  # a damaged file, in the words of one of TFDS's readers
             raise BadRecord(f'unreadable: {type(error).__name__}: {error}') from error
-        label = int(record[self.label]) if self.label else -1
-        return {'image': decode(record[self.image]), 'label': label}
+
+    def record(self, read: Any) -> Record:
+        label = int(read[self.label]) if self.label else -1
+        return {'image': decode(read[self.image]), 'label': label}
+
+    def __getitem__(self, index: int) -> Record:
+        return self.record(self.read(index))
 
     def describe(self, index: int) -> str:
         return f'{self.name}[{index}]'
+
+
+class Captioned(Tfds):
+    """One split whose feature `text` holds a caption, several, or dictionaries with a 'text'."""
+
+    def __init__(self, *split: Any, text: str):
+        super().__init__(*split)
+        self.text = text
+
+    def __getitem__(self, index: int) -> Record:
+        read = self.read(index)
+        return {**self.record(read), 'captions': self._of(read)}
+
+    def captions(self, index: int) -> list[str]:
+        return self._of(self.read(index))
+
+    def _of(self, read: Any) -> list[str]:
+        texts = read[self.text]
+        texts = texts['text'] if isinstance(texts, Mapping) else texts
+        texts = [texts] if isinstance(texts, str | bytes) else texts
+        texts = [text['text'] if isinstance(text, Mapping) else text for text in texts]
+        texts = [
+            text.decode('utf-8', 'replace') if isinstance(text, bytes) else text for text in texts
+        ]
+        texts = [text for text in texts if text.strip()]
+        if not texts:
+            raise BadRecord('no caption')
+        return texts
 
 
 def make(argument: str = '', root: str = '', holdout: float = 0.1) -> dict[str, Source]:
@@ -72,6 +110,8 @@ def make(argument: str = '', root: str = '', holdout: float = 0.1) -> dict[str, 
     features = builder.info.features
     image = _feature(features, tfds.features.Image, ('image',))
     label = _feature(features, tfds.features.ClassLabel, ('label', 'labels'))
+    texts = (name for name in CAPTIONS if name in features and _holds_text(features[name]))
+    text = next(texts, None)
     if image is None:
         raise UserError(f'{where}: {argument!r} has no image feature; it has {list(features)}.')
     try:
@@ -88,9 +128,6 @@ def make(argument: str = '', root: str = '', holdout: float = 0.1) -> dict[str, 
         raise UserError(
             f"{where}: {argument!r} has no 'train' split; it has {list(builder.info.splits)}."
         )
-    if 'test' not in names and 'validation' in names:
-        names['test'] = names.pop('validation')
-        logging.info('no test split in %s: %s serves as test', argument, names['test'])
     skip = {image: tfds.decode.SkipDecoding()}
     splits: dict[str, Source] = {}
     for split, n in names.items():
@@ -98,10 +135,9 @@ def make(argument: str = '', root: str = '', holdout: float = 0.1) -> dict[str, 
             records = builder.as_data_source(split=n, decoders=skip)
         except NotImplementedError as error:  # prepared earlier as TFRecord: no random access
             raise UserError(f'{where}: {argument!r}: {error}') from error
-        splits[split] = Tfds(records, features, f'{argument}/{n}', image, label)
-    if 'test' not in splits:
-        return hold_out(splits['train'], holdout, str, argument)
-    return splits
+        parts = records, features, f'{argument}/{n}', image, label
+        splits[split] = Captioned(*parts, text=text) if text else Tfds(*parts)
+    return with_test(splits, holdout, str, argument)
 
 
 def _import() -> Any:
@@ -126,3 +162,10 @@ def _feature(features: Any, kind: type, preferred: tuple[str, ...]) -> str | Non
     """The name of the feature of a kind: a usual name first, else the first one."""
     names = [name for name, feature in features.items() if isinstance(feature, kind)]
     return next((name for name in preferred if name in names), names[0] if names else None)
+
+
+def _holds_text(feature: Any) -> bool:
+    """Whether it is a text, a sequence of texts, or of dictionaries with a 'text'."""
+    dtype = getattr(feature, 'np_dtype', None)
+    dtype = dtype.get('text') if isinstance(dtype, Mapping) else dtype
+    return dtype is not None and np.dtype(dtype) == object

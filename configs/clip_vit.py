@@ -1,0 +1,64 @@
+"""CLIP with a ViT, and LiT.
+
+    python -m contrastive_jax.main --config=configs/clip_vit.py --workdir=runs/clip
+
+| preset | data | made for |
+|---|---|---|
+| `:digits` (the default) | grids of digits with captions, embedded | 2 CPU cores, 3 minutes |
+| `:flickr8k` | Flickr8k: `--config.data.root=DIR` | 2 CPU cores, 30 minutes |
+| `:captions` | your pictures and captions: `--config.data.root=DIR` | one GPU |
+| `:webdataset` | tars of pictures and captions: `--config.data.root=DIR`; CC3M's size | 8 GPUs |
+| `:openai` | the same at the paper's scale, ViT-B/32 | a TPU or GPU slice |
+| `:lit` | your captions; the image encoder of `--config.init_from=WORKDIR`, frozen | one GPU |
+"""
+
+from contrastive_jax import config as config_lib
+from contrastive_jax import recipes
+from contrastive_jax.config import Config
+
+
+def digits(c: Config) -> None:
+    recipes.grids(c, steps=1500)
+    c.method = {'name': 'clip', 'projection': 64, 'frozen': False}
+
+
+def flickr8k(c: Config) -> None:
+    recipes.flickr8k(c, steps=1200)
+    c.method = {'name': 'clip', 'projection': 256}
+
+
+def captions(c: Config) -> None:
+    recipes.captions(c)
+    c.method = {'name': 'clip'}
+
+
+def webdataset(c: Config) -> None:
+    """OpenCLIP's optimiser for CC3M (batch 1024, 1e-3, 30 epochs) with a ViT-S/16."""
+    recipes.captions(c, batch=1024, source='webdataset')
+    c.method = {'name': 'clip'}
+    c.optim = {
+        **{'name': 'adamw', 'learning_rate': 2.5e-4, 'weight_decay': 0.1, 'warmup': 0.02},
+        **{'b1': 0.9, 'b2': 0.98, 'eps': 1e-6},
+    }
+
+
+def openai(c: Config) -> None:
+    """ViT-B/32 (the paper's table 18 and 19; OpenCLIP's defaults): batch 32768, 32 epochs."""
+    webdataset(c)
+    c.batch_size, c.total_epochs = 32_768, 32.0
+    c.model = {'name': 'vit', 'size': 'B', 'patch': 32, 'position': 'learned', 'dtype': 'bfloat16'}
+    recipes.text_tower(c, vocabulary=49_408, length=77, width=512, depth=12, heads=8)
+    c.text.dtype = 'bfloat16'
+    # The rate is 5e-4 for the whole batch.
+    c.optim.update({'learning_rate': 5e-4 / 128, 'weight_decay': 0.2, 'warmup': 0.005})
+
+
+def lit(c: Config) -> None:
+    """The image encoder stays as a run of config.model's kind has left it; texts come to it."""
+    captions(c)
+    c.method = {'name': 'clip', 'projection': 384, 'frozen': True}
+
+
+def get_config(arg: str | None = None) -> Config:
+    presets = (digits, flickr8k, captions, webdataset, openai, lit)
+    return config_lib.preset({p.__name__: p for p in presets}, arg)

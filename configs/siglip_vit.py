@@ -1,0 +1,76 @@
+"""SigLIP with a ViT, and SigLiT.
+
+    python -m contrastive_jax.main --config=configs/siglip_vit.py --workdir=runs/siglip
+
+| preset | data | made for |
+|---|---|---|
+| `:digits` (the default) | grids of digits with captions, embedded | 2 CPU cores, 3 minutes |
+| `:flickr8k` | Flickr8k: `--config.data.root=DIR` | 2 CPU cores, 30 minutes |
+| `:captions` | your pictures and captions: `--config.data.root=DIR` | one GPU |
+| `:webdataset` | tars of pictures and captions: `--config.data.root=DIR`; CC3M's size | 8 GPUs |
+| `:webli` | the same at the paper's scale, ViT-B/16 | a TPU or GPU slice |
+| `:lit` | your captions; the image encoder of `--config.init_from=WORKDIR`, frozen | one GPU |
+"""
+
+from contrastive_jax import config as config_lib
+from contrastive_jax import recipes
+from contrastive_jax.config import Config
+
+# Its texts are seen both ways.
+BOTH_WAYS = {'causal': False}
+# The paper's −10 is for batches of thousands, in which as many times more pairs do not match.
+SMALL_BATCH = {'name': 'siglip', 'logit_bias': -2.71}
+
+
+def digits(c: Config) -> None:
+    recipes.grids(c, steps=1500)
+    c.text.update(BOTH_WAYS)
+    c.method = {**SMALL_BATCH, 'projection': 64, 'frozen': False}
+
+
+def flickr8k(c: Config) -> None:
+    recipes.flickr8k(c, steps=1200)
+    c.text.update(BOTH_WAYS)
+    c.method = {**SMALL_BATCH, 'projection': 256}
+
+
+def captions(c: Config) -> None:
+    recipes.captions(c)
+    c.text.update(BOTH_WAYS)
+    c.method = {'name': 'siglip'}
+
+
+def webdataset(c: Config) -> None:
+    recipes.captions(c, batch=1024, source='webdataset')
+    c.text.update(BOTH_WAYS)
+    c.method = {'name': 'siglip'}
+    c.optim.update({'warmup': 0.02, 'b2': 0.95})
+
+
+def webli(c: Config) -> None:
+    """ViT-B/16 at the paper's batch and rate; text length and vocabulary of the authors' models."""
+    webdataset(c)
+    c.batch_size, c.total_epochs = 32_768, 1.0
+    c.data.mean = c.data.std = (0.5, 0.5, 0.5)
+    model = {'name': 'vit', 'size': 'B', 'patch': 16, 'pool': 'mean', 'dtype': 'bfloat16'}
+    c.model = {**model, 'position': 'learned'}
+    recipes.text_tower(c, vocabulary=32_000, length=64, width=768, depth=12, heads=12)
+    c.text.update({**BOTH_WAYS, 'dtype': 'bfloat16'})
+    # The rate is 1e-3 for the whole batch.
+    c.optim.update({'learning_rate': 1e-3 / 128, 'weight_decay': 1e-4})
+
+
+def lit(c: Config) -> None:
+    """SigLiT on captions of one's own: the rate and start of big_vision's COCO example."""
+    captions(c)
+    c.method = {**SMALL_BATCH, 'projection': 384, 'frozen': True}
+    c.batch_size = 512
+    c.optim = {
+        **{'name': 'adamw', 'learning_rate': 5e-4, 'weight_decay': 0.01, 'warmup': 0.03},
+        'clip_norm': 1.0,
+    }
+
+
+def get_config(arg: str | None = None) -> Config:
+    presets = (digits, flickr8k, captions, webdataset, webli, lit)
+    return config_lib.preset({p.__name__: p for p in presets}, arg)

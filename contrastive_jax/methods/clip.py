@@ -1,0 +1,57 @@
+"""CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020, figure 3).
+
+Images and their captions, each through its own encoder and a linear projection; a softmax over all
+pairs of the global batch, in both directions, with a learned temperature. With a frozen image
+encoder: LiT (Zhai et al. 2022, https://arxiv.org/abs/2111.07991).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_jax import losses, models
+from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.network import check_numbers
+from contrastive_jax.towers import Towers, at_most
+
+
+def make(
+    model: models.Encoder,
+    *,
+    text: models.Encoder,
+    projection: int = 512,
+    temperature: float = 0.07,
+    most: float = 100.0,
+    frozen: bool = False,
+) -> Method:
+    """CLIP around an image and a text encoder.
+
+    Args:
+        model: the image encoder.
+        text: the text encoder.
+        projection: dimensions of the shared space.
+        temperature: τ at the start, > 0; learned as log 1/τ (section 2.5).
+        most: of 1/τ, > 0; the paper clips it at 100 for stability.
+        frozen: keep the image encoder as it is, LiT; give it weights by config.init_from.
+    """
+    check_numbers('clip', ('temperature', 'most'), temperature=temperature, most=most)
+    towers = Towers(model, text, projection, frozen)
+
+    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
+        del records
+        params, extra = towers.init(key, batch)
+        return {**params, 'logit_scale': jnp.float32(-math.log(temperature))}, extra
+
+    def loss(
+        params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+        del progress
+        image_BE, text_BE, extra = towers(params, extra, batch, key)
+        scale = jnp.exp(at_most(params['logit_scale'], math.log(most)))
+        value = losses.clip(image_BE, text_BE, scale)
+        # log B − loss bounds the mutual information from below, in nats (van den Oord et al. 2018).
+        bound = jnp.log(jnp.float32(len(image_BE))) - value
+        return value, (extra, {'mutual_information_bound': bound, 'logit_scale': scale})
+
+    return Method(init, loss, towers.encode, encoders=towers.encoders)

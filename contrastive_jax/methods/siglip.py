@@ -1,0 +1,55 @@
+"""SigLIP (Zhai et al. 2023, https://arxiv.org/abs/2303.15343, algorithm 1).
+
+As CLIP, but every pair of the global batch is a yes-or-no question of its own: a sigmoid with
+learned scale and bias in place of the softmax. With a frozen image encoder: SigLiT.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_jax import losses, models
+from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.network import check_numbers
+from contrastive_jax.towers import Towers
+
+
+def make(
+    model: models.Encoder,
+    *,
+    text: models.Encoder,
+    projection: int = 768,
+    logit_scale: float = 10.0,
+    logit_bias: float = -10.0,
+    frozen: bool = False,
+) -> Method:
+    """SigLIP around an image and a text encoder.
+
+    Args:
+        model: the image encoder.
+        text: the text encoder.
+        projection: dimensions of the shared space.
+        logit_scale: t at the start, > 0; learned as its logarithm.
+        logit_bias: b at the start, so that the many pairs that do not match start out as no's.
+        frozen: keep the image encoder as it is; give it weights by config.init_from.
+    """
+    check_numbers('siglip', ('logit_scale',), logit_scale=logit_scale)
+    towers = Towers(model, text, projection, frozen)
+
+    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
+        del records
+        params, extra = towers.init(key, batch)
+        scale, bias = jnp.float32(math.log(logit_scale)), jnp.float32(logit_bias)
+        return {**params, 'logit_scale': scale, 'logit_bias': bias}, extra
+
+    def loss(
+        params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+        del progress
+        image_BE, text_BE, extra = towers(params, extra, batch, key)
+        scale, bias = jnp.exp(params['logit_scale']), params['logit_bias']
+        value = losses.siglip(image_BE, text_BE, scale, bias)
+        return value, (extra, {'logit_scale': scale, 'logit_bias': bias})
+
+    return Method(init, loss, towers.encode, encoders=towers.encoders)

@@ -1,0 +1,120 @@
+"""Two networks, one for images and one for texts, into one space: what CLIP and SigLIP share.
+
+Dimension key: B batch, V views, H W image, T tokens, E the shared space.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from contrastive_jax import models
+from contrastive_jax.config import UserError
+from contrastive_jax.heads import MLP
+from contrastive_jax.method import Batch, Encoders, Tree
+from contrastive_jax.network import Network, check_views
+
+
+class Towers:
+    """An image and a text encoder, each with a linear projection (no bias) into the shared space.
+
+    Parameters are {'encoder', 'projection', 'text': {'encoder', 'projection'}}, `extra` is
+    {'stats', 'text_stats'}. With `frozen` the image encoder is not among the parameters but in
+    `extra`, where no gradient and no weight decay reach it, and has no projection: the shared space
+    is that of its features (LiT, Zhai et al. 2022, arXiv:2111.07991, section 3.3, "Lu").
+    """
+
+    def __init__(self, image: models.Encoder, text: models.Encoder, projection: int, frozen: bool):
+        def linear() -> MLP:
+            return MLP(1, projection, layers=1, last_bias=False)
+
+        self.projection, self.frozen = projection, frozen
+        self.image = Network(image) if frozen else Network(image, projection=linear())
+        self.text = Network(text, projection=linear())
+
+    def init(self, key: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
+        """`(params, extra)` from 'views' and 'text'.
+
+        Raises:
+            UserError: no texts; a frozen encoder whose features are not of the space's size.
+        """
+        if 'text' not in batch:
+            raise UserError('config.data.text: not set; this method needs images with captions.')
+        keys = jax.random.split(key)
+        params, stats = self.image.init(keys[0], batch['views'][:, 0])
+        text, text_stats = self.text.init(keys[1], batch['text'])
+        extra = {'stats': stats, 'text_stats': text_stats}
+        if self.frozen:
+            features = self.image.features(params, stats, batch['views'][:, 0])['features']
+            if features.shape[1] != self.projection:
+                raise UserError(
+                    f'config.method.projection: got {self.projection}; with a frozen image encoder '
+                    f'the shared space is that of its features, {features.shape[1]}.'
+                )
+            extra['frozen'] = params
+            params = {}
+        return {**params, 'text': text}, extra
+
+    def __call__(
+        self, params: Tree, extra: Tree, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Tree]:
+        """Embeddings [B, E] of images and texts, row-aligned, and the new `extra`.
+
+        Raises:
+            UserError: more or fewer than one view an image.
+        """
+        check_views('a pair', batch['views'], 1)
+        keys = jax.random.split(key)
+        images = rearrange(batch['views'], 'b 1 h w c -> b h w c')
+        if self.frozen:
+            image_BE = self.image.features(extra['frozen'], extra['stats'], images)['features']
+            image_BE, stats = jax.lax.stop_gradient(image_BE), extra['stats']
+        else:
+            out, stats = self.image(params, extra['stats'], images, key=keys[0])
+            image_BE = out['projection']
+        out, text_stats = self.text(params['text'], extra['text_stats'], batch['text'], key=keys[1])
+        return image_BE, out['projection'], {**extra, 'stats': stats, 'text_stats': text_stats}
+
+    def encode(self, params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
+        """`Method.encode`, of images or of texts."""
+        if 'text' in batch:
+            out, _ = self.text(params['text'], extra['text_stats'], batch['text'], train=False)
+            return {'embedding': out['projection']}
+        params = extra.get('frozen', params)
+        out, _ = self.image(params, extra['stats'], batch['image'], train=False)
+        features = out['encoder']
+        return {
+            'features': features,
+            'embedding': out.get('projection', features),
+            **out['named'],
+        }
+
+    def encoders(self, params: Tree, extra: Tree) -> Encoders:
+        """`Method.encoders`."""
+        image = extra.get('frozen', params)['encoder']
+        return {
+            'image': (image, extra['stats']['encoder']),
+            'text': (params['text']['encoder'], extra['text_stats']['encoder']),
+        }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def at_most(x: jax.Array, limit: float) -> jax.Array:
+    """The smaller of a learned scalar and a limit, which the scalar can always leave downwards.
+
+    CLIP sets its scale back to the limit after a step that passed it. Here the scalar stays where
+    the step left it and counts as the limit; the gradient that would push it further is left out.
+    """
+    return jnp.minimum(x, limit)
+
+
+def _forward(x: jax.Array, limit: float) -> tuple[jax.Array, jax.Array]:
+    return at_most(x, limit), x
+
+
+def _backward(limit: float, x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jnp.where((x > limit) & (gradient < 0), 0.0, gradient),)
+
+
+at_most.defvjp(_forward, _backward)
