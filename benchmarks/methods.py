@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument('--more', default='', help='Flags for every run.')
     args = parser.parse_args()
     found = sorted(p.stem for p in (HERE / 'configs').glob('*.py'))
-    names = args.only.split(',') if args.only else [n for n in found if n != 'simclr_vit']
+    images = [n for n in found if n != 'simclr_vit' and not n.startswith(('clip', 'siglip'))]
+    names = args.only.split(',') if args.only else images
     evals = {'knn': KNN[args.preset], 'collapse': {}, 'linear': {}}
     for name in names:
         command = [

@@ -102,6 +102,18 @@ class Checkpoints:
         self._manager.close()
 
 
+def newest(workdir: str | os.PathLike) -> int:
+    """Step of the newest complete checkpoint of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    step = latest(workdir)
+    if step is None:
+        raise UserError(f'there is no complete checkpoint in {workdir}/checkpoints.')
+    return step
+
+
 def latest(workdir: str | os.PathLike) -> int | None:
     """Step of the newest complete checkpoint of a workdir, which may not exist."""
     folder = epath.Path(workdir).absolute() / 'checkpoints'
@@ -116,28 +128,24 @@ def claimed(workdir: str | os.PathLike) -> bool:
     return (epath.Path(workdir) / CONFIG).exists()
 
 
-def weights(workdir: str | os.PathLike) -> tuple[Any, Any]:
-    """`(params, extra)` of a workdir's newest checkpoint, as NumPy arrays, whatever wrote them.
-
-    Raises:
-        UserError: there is no complete checkpoint.
-    """
-    step = latest(workdir)
-    if step is None:
-        raise UserError(f'there is no complete checkpoint in {workdir}/checkpoints.')
+def weights(workdir: str | os.PathLike, step: int) -> tuple[Any, Any]:
+    """`(params, extra)` of a complete checkpoint, as NumPy arrays, whatever devices wrote them."""
     path = epath.Path(workdir).absolute() / 'checkpoints' / str(step) / 'state'
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        found: Any = checkpointer.metadata(path).item_metadata
-        like = {
-            name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), found.tree[name])
-            for name in ('params', 'extra')
-        }
-        args = ocp.args.PyTreeRestore(
+    handler = ocp.PyTreeCheckpointHandler()
+    found: Any = handler.metadata(path)
+    like = {
+        name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), found.tree[name])
+        for name in ('params', 'extra')
+    }
+    restored = handler.restore(
+        path,
+        args=ocp.args.PyTreeRestore(
             item=like,
             restore_args=ocp.checkpoint_utils.construct_restore_args(like),
             partial_restore=True,
-        )
-        restored: Any = checkpointer.restore(path, args=args)
+        ),
+    )
+    handler.close()
     return restored['params'], restored['extra']
 
 

@@ -53,15 +53,13 @@ class Trained:
     def __init__(self, workdir: str | os.PathLike, batch_size: int):
         if batch_size < 1:
             raise UserError(f'batch_size: got {batch_size}, expected at least 1.')
-        self.workdir, self.config = os.fspath(workdir), _config(workdir)
+        self.workdir, self.config = os.fspath(workdir), program.config_of(workdir)
         # Two notions of training that would tie the model to the run's batch.
         config = self.config.copy_and_resolve_references()
         config.update({'microbatch': 0, 'remat': False})
         encode = program.build_method(config, {}).encode
-        found, d = checkpoint.latest(workdir), config.data
-        weights = checkpoint.weights(workdir)
-        assert found is not None  # or there would be no weights
-        self.step = found
+        self.step, d = checkpoint.newest(workdir), config.data
+        weights = checkpoint.weights(workdir, self.step)
         self._mesh = parallel.make_mesh(jax.local_devices())
         self._rows = batch_size * self._mesh.size
         self._weights = jax.device_put(weights, parallel.replicated(self._mesh))
@@ -156,8 +154,7 @@ class Trained:
                 f'{", ".join(self.outputs)} of pictures.'
             )
         d = self.config.data.text
-        path = d.tokenizer or epath.Path(self.workdir) / 'tokenizer.json'
-        return text.open_tokenizer(path, length=d.length, lower=d.lower)
+        return text.open_tokenizer(self.workdir, length=d.length, lower=d.lower)
 
     def _run(
         self, batches: Iterator[dict[str, np.ndarray]], kind: str, name: str
@@ -210,15 +207,6 @@ class _Given:
         return f'images[{index}]'
 
 
-def _config(workdir: str | os.PathLike) -> Config:
-    """A run's, to be used with its checkpoint."""
-    config = config_lib.base()
-    with config.unlocked():
-        config.update(checkpoint.read(workdir))
-        config.init_from = ''  # a checkpoint has all there is
-    return config
-
-
 def open_run(workdir: str) -> tuple[Parts, evals.Encoder]:
     """What a run has trained, to look at: its data and the newest checkpoint's encoder.
 
@@ -227,7 +215,7 @@ def open_run(workdir: str) -> tuple[Parts, evals.Encoder]:
     Raises:
         UserError: there is no run in workdir, or no complete checkpoint of it.
     """
-    config = _config(workdir)
+    config = program.config_of(workdir)
     mesh = parallel.make_mesh()
     with jax.set_mesh(mesh):
         parts = program.build_parts(config, workdir, mesh)

@@ -69,7 +69,7 @@ def of_images(encoder: Trained, root: str, name: str, max_bad: float) -> Index:
     root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(root):
         raise UserError(f'--images: {root!r} is no directory.')
-    paths = sorted(path.replace(os.sep, '/') for path in folder._walk(root, ''))
+    paths = sorted(path.replace(os.sep, '/') for path in folder.walk(root, ''))
     if not paths:
         raise UserError(f'--images: there is no JPEG, PNG or WebP file below {root!r}.')
     bad = BadRecords(None, len(paths), max_bad)

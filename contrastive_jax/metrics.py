@@ -234,7 +234,7 @@ def summary(workdir: str, images: int) -> None:
     rows: dict[str, list[float | None]] = {}
     for key in last or first:
         _, evaluator, metric = key.split('/', 2)
-        few = any(k.startswith(f'eval/{evaluator}/') and k.endswith('_per_class') for k in last)
+        few = any(re.fullmatch(rf'eval/{evaluator}/top\d+_\d+_per_class', k) for k in last)
         name = _row(evaluator, metric, few)
         if name and not metric.startswith(PIXELS):
             pixels = first.get(f'eval/{evaluator}/{PIXELS}{metric}')

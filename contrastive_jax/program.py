@@ -1,10 +1,12 @@
 """What a config describes: data, and a training step compiled for the devices that it runs on."""
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from etils import epath
 
 from contrastive_jax import augment, checkpoint, data, evals, models, optim, parallel
@@ -54,19 +56,20 @@ def build_parts(config: Config, workdir: str | None, mesh: jax.sharding.Mesh) ->
     splits = data.open_splits(config.data)
     listed = epath.Path(workdir) / 'bad_records.jsonl' if workdir else None
     bad = BadRecords(listed, sum(map(len, splits.values())), config.data.max_bad)
-    for source in splits.values():
-        for record, reason in getattr(source, 'skipped', ()):
-            bad.add(record, reason)
-    tokenizer = _tokenizer(config, workdir, splits['train']) if config.text else None
-    start: Encoders = {}
-    if config.init_from and not (workdir and checkpoint.latest(workdir) is not None):
-        start = pretrained(config.init_from)
+    start, tokenizer = {}, None
+    started = workdir is not None and checkpoint.latest(workdir) is not None
+    if config.init_from and not started:
+        start = pretrained(config)
+    if config.text:
+        own = workdir if workdir and any(text.files(workdir)) else None
+        theirs = config.init_from if 'text' in start else None
+        tokenizer = _tokenizer(config, own or theirs, splits['train'])
     program = build(config, mesh, len(splits['train']), start)
     return Parts(splits, bad, evaluators, tokenizer, program)
 
 
-def _tokenizer(config: Config, workdir: str | None, source: Any) -> text.Tokenizer:
-    """The one that the config names, or the run's own, trained on the captions if it has none yet.
+def _tokenizer(config: Config, there: str | None, source: Any) -> text.Tokenizer:
+    """The run's, else the one that the config names, else one trained on the captions.
 
     Raises:
         UserError: no captions; more ids than the text encoder has.
@@ -78,15 +81,11 @@ def _tokenizer(config: Config, workdir: str | None, source: Any) -> text.Tokeniz
             "'captions', 'webdataset' and 'digits:grids' have some."
         )
     options = {'length': d.text.length, 'lower': d.text.lower}
-    own = epath.Path(workdir) / 'tokenizer.json' if workdir else None
-    if d.text.tokenizer:
-        tokenizer = text.open_tokenizer(d.text.tokenizer, **options)
-    # What a start has left that failed before the workdir was claimed, does not count.
-    elif own and own.exists() and checkpoint.claimed(own.parent):
-        tokenizer = text.open_tokenizer(own, **options)
+    if path := there or d.text.tokenizer:
+        tokenizer = text.open_tokenizer(path, **options)
     else:
         captions = (caption for i in range(len(source)) for caption in data.captions(source, i))
-        tokenizer = text.train_tokenizer(captions, own, vocabulary=d.text.vocabulary, **options)
+        tokenizer = text.train_tokenizer(captions, vocabulary=d.text.vocabulary, **options)
     if tokenizer.vocabulary > d.text.vocabulary:
         raise UserError(
             f'config.data.text.vocabulary: got {d.text.vocabulary}, but {d.text.tokenizer} has '
@@ -196,14 +195,39 @@ def build_method(config: Config, start: Encoders) -> Method:
     return config_lib.build('methods', config.method, 'config.method', image, **towers)
 
 
-def pretrained(workdir: str) -> Encoders:
-    """What the newest checkpoint of another run holds: see `Method.encoders`.
+def pretrained(config: Config) -> Encoders:
+    """The encoders of the run that config.init_from names, as its newest checkpoint has them.
+
+    A text encoder is of use only with the tokenizer that it was trained with, and where it sees the
+    same: it is left out where config.text or config.data.text differ.
 
     Raises:
-        UserError: there is no run in workdir, or no complete checkpoint of it.
+        UserError: there is no run in that workdir, or no complete checkpoint of it.
+    """
+    workdir = config.init_from
+    theirs = config_of(workdir)
+    weights = checkpoint.weights(workdir, checkpoint.newest(workdir))
+    found = build_method(theirs, {}).encoders(*weights)
+    texts = [(c.text.to_dict(), c.data.text.to_dict()) for c in (config, theirs)]
+    if 'text' in found and texts[0] != texts[1]:
+        logging.info('%s: its text encoder reads other texts and is left out', workdir)
+        found.pop('text')
+    for moment in ('mean', 'std'):
+        if tuple(config.data[moment]) != tuple(theirs.data[moment]):
+            logging.warning(
+                'config.data.%s: got %s, but the encoder of %s was trained with %s',
+                *(moment, config.data[moment], workdir, theirs.data[moment]),
+            )
+    return found
+
+
+def config_of(workdir: str | os.PathLike) -> Config:
+    """That of a run, with the keys that it is older than at their defaults.
+
+    Raises:
+        UserError: there is no run in workdir.
     """
     config = config_lib.base()
     with config.unlocked():
         config.update(checkpoint.read(workdir))
-        config.init_from = ''
-    return build_method(config, {}).encoders(*checkpoint.weights(workdir))
+    return config

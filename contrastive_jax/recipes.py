@@ -70,16 +70,18 @@ def text_tower(c: Config, vocabulary: int, length: int, **model: Any) -> None:
 
 
 def flickr8k(c: Config, steps: int) -> None:
-    """Flickr8k in Karpathy's layout, on 2 CPU cores, in about half an hour."""
+    """Flickr8k in Karpathy's layout, on 2 CPU cores, in half an hour: 40 epochs of 6,000 images."""
     captions(c, batch=128)
-    c.total_steps, c.data.image_size = steps, 112
+    c.total_steps, c.data.image_size = steps, 64
     c.log_every, c.checkpoint_every = 100, 500
-    c.data.crop_fraction = 1.0
-    c.model = {'name': 'vit', 'width': 256, 'depth': 4, 'heads': 4, 'patch': 16, 'pool': 'mean'}
-    text_tower(c, vocabulary=4096, length=24, width=256, depth=2, heads=4)
+    # Few images, many epochs: stronger crops and flips than where captions are many. Hues stay.
+    c.data.crop = {'scale': (0.4, 1.0), 'interpolation': 'bicubic', 'flip': 0.5}
+    c.augment = {'jitter': {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4}}
+    c.model = SMALL_RESNET
+    text_tower(c, vocabulary=4096, length=24, width=192, depth=2, heads=3)
     c.optim = {
         'name': 'adamw',
-        'learning_rate': 1e-3,
+        'learning_rate': 3e-3,
         'weight_decay': 0.2,
         'warmup': 0.1,
         'b2': 0.98,

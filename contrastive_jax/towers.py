@@ -20,17 +20,17 @@ class Towers:
     """An image and a text encoder, each with a linear projection (no bias) into the shared space.
 
     Parameters are {'encoder', 'projection', 'text': {'encoder', 'projection'}}, `extra` is
-    {'stats', 'text_stats'}. With `frozen` the image encoder is not among the parameters but in
+    {'stats', 'text_stats'}. With `locked` the image encoder is not among the parameters but in
     `extra`, where no gradient and no weight decay reach it, and has no projection: the shared space
     is that of its features (LiT, Zhai et al. 2022, arXiv:2111.07991, section 3.3, "Lu").
     """
 
-    def __init__(self, image: models.Encoder, text: models.Encoder, projection: int, frozen: bool):
+    def __init__(self, image: models.Encoder, text: models.Encoder, projection: int, locked: bool):
         def linear() -> MLP:
             return MLP(1, projection, layers=1, last_bias=False)
 
-        self.projection, self.frozen = projection, frozen
-        self.image = Network(image) if frozen else Network(image, projection=linear())
+        self.projection, self.locked = projection, locked
+        self.image = Network(image) if locked else Network(image, projection=linear())
         self.text = Network(text, projection=linear())
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
@@ -45,7 +45,7 @@ class Towers:
         params, stats = self.image.init(keys[0], batch['views'][:, 0])
         text, text_stats = self.text.init(keys[1], batch['text'])
         extra = {'stats': stats, 'text_stats': text_stats}
-        if self.frozen:
+        if self.locked:
             features = self.image.features(params, stats, batch['views'][:, 0])['features']
             if features.shape[1] != self.projection:
                 raise UserError(
@@ -67,7 +67,7 @@ class Towers:
         check_views('a pair', batch['views'], 1)
         keys = jax.random.split(key)
         images = rearrange(batch['views'], 'b 1 h w c -> b h w c')
-        if self.frozen:
+        if self.locked:
             image_BE = self.image.features(extra['frozen'], extra['stats'], images)['features']
             image_BE, stats = jax.lax.stop_gradient(image_BE), extra['stats']
         else:

@@ -54,12 +54,21 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
         if key not in config_lib.base():
             raise config_lib.unknown('key', key, config_lib.base(), 'config')
     checkpoint.check(workdir, config.to_dict(), must_exist=eval_only)
+    if config.method.get('locked') and not config.init_from:
+        raise UserError(
+            'config.method.locked: an encoder that does not learn needs config.init_from.'
+        )
     with jax.set_mesh(mesh):
         parts = program.build_parts(config, workdir, mesh)
         iterator = None if eval_only else _iterator(config, parts)
         # Nothing is written before all that a config can get wrong has been found right.
         if not eval_only:
             checkpoint.claim(workdir, config.to_dict())
+            if parts.tokenizer and jax.process_index() == 0:
+                parts.tokenizer.save(workdir)
+            for source in parts.splits.values():
+                for record, reason in getattr(source, 'skipped', ()):
+                    parts.bad.note(record, reason)
         writer = records.Writer(workdir, tensorboard=config.tensorboard)
         checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.best)
         try:

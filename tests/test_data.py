@@ -439,3 +439,16 @@ def test_two_processes_share_a_list_and_a_cut_line_is_passed_over(tmp_path):
 def test_a_source_without_any_good_record_ends():
     with pytest.raises(UserError, match='none of the 9 records can be used'):
         next(train(Counting(9, broken=range(9))))
+
+
+def test_what_a_usable_record_lost_is_listed_and_does_not_count(tmp_path):
+    path = tmp_path / 'bad.jsonl'
+    bad = BadRecords(path, 10, 0.0)
+    bad.note('a.jpg caption 2', 'empty caption')
+    bad.note('a.jpg caption 2', 'empty caption')
+    assert bad.count == 0
+    assert len(path.read_text().splitlines()) == 1
+    again = BadRecords(path, 10, 0.0)
+    again.note('a.jpg caption 2', 'empty caption')
+    assert again.count == 0
+    assert len(path.read_text().splitlines()) == 1

@@ -41,6 +41,8 @@ NEEDS_TOKENS = {'dinov2'}
 # kept in different ways.
 CASES = [(n, 'vit') for n in NAMES] + [(n, 'resnet') for n in ('simclr', 'moco', 'byol')]
 B, SIDE, RECORDS = 16, 8, 100
+# Nothing here runs for long, and at level 0 XLA compiles it in a fraction of the time.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 @functools.cache
@@ -92,7 +94,7 @@ def initial(name, model, rate, **options):
         name='sgd', learning_rate=rate, clip_norm=1.0, total_steps=50, batch_size=256
     )
     example = {k: v[:1] for k, v in batch_of(name).items()}
-    start = jax.jit(state.make_init(method, tx, seed=3, records=RECORDS))(example)
+    start = jit(state.make_init(method, tx, seed=3, records=RECORDS))(example)
     return method, tx, start
 
 
@@ -105,7 +107,7 @@ def trainer(name, model, devices, rate=0.1, accumulate=1, **options):
     step = state.make_step(
         method, tx, lambda key, batch: batch, seed=3, total_steps=50, accumulate=accumulate
     )
-    step = jax.jit(step, in_shardings=(whole, parallel.rows(mesh)), out_shardings=whole)
+    step = jit(step, in_shardings=(whole, parallel.rows(mesh)), out_shardings=whole)
     return mesh, lambda: jax.device_put(start, whole), step
 
 
@@ -186,7 +188,7 @@ class TestContract:
         Not the loss: a target that moves and a queue that fills may let it rise.
         """
         mesh, init, step = trainer(name, model, 1)
-        encode = jax.jit(make(name, model).encode)
+        encode = jit(make(name, model).encode)
 
         def separation(s):
             """Variance between patterns over that within them."""
@@ -225,7 +227,7 @@ def test_accumulation_averages_the_micro_batches_gradients():
         losses = []
         extra = s.extra
         grads = []
-        gradient = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
+        gradient = jit(jax.value_and_grad(method.loss, has_aux=True))
         for part in (0, 1):
             rows = {k: v[part::2] for k, v in batch().items()}
             (loss, (extra, _)), g = gradient(
@@ -255,7 +257,7 @@ def test_refresh_keeps_the_state_s_structure_on_any_number_of_devices(name):
     example = {k: jnp.asarray(v) for k, v in batch().items()}
     _, _, start = initial(name, 'vit', 0.1)
     extra = start.extra
-    features = jax.jit(method.refresh.embed)(start.params, extra, {'image': example['views'][:, 0]})
+    features = jit(method.refresh.embed)(start.params, extra, {'image': example['views'][:, 0]})
     assert np.allclose(np.linalg.norm(features['features'], axis=1), 1, atol=1e-5)
     rng = np.random.default_rng(0)
     D = features['features'].shape[1]
@@ -265,7 +267,7 @@ def test_refresh_keeps_the_state_s_structure_on_any_number_of_devices(name):
     for mesh in (parallel.make_mesh(jax.devices()[:1]), parallel.make_mesh()):
         with jax.set_mesh(mesh):
             z = jax.device_put(x, parallel.rows(mesh))
-            update = jax.jit(method.refresh.update)
+            update = jit(method.refresh.update)
             early = update(extra, z, jax.random.key(1), jnp.float32(0))
             late = update(extra, z, jax.random.key(1), jnp.float32(1))
         same_structure(extra, late)
@@ -280,8 +282,8 @@ class TestText:
     def test_images_and_texts_share_a_space(self, name):
         method, _, start = initial(name, 'vit', 0.1)
         tx, _ = optim.make(name='adamw', learning_rate=0.01, total_steps=60, batch_size=256)
-        step = jax.jit(state.make_step(method, tx, lambda key, batch: batch, 3, 60))
-        encode = jax.jit(method.encode)
+        step = jit(state.make_step(method, tx, lambda key, batch: batch, 3, 60))
+        encode = jit(method.encode)
         with jax.set_mesh(parallel.make_mesh(jax.devices()[:1])):
             s = start._replace(opt=tx.init(start.params))
             for i in range(60):
@@ -296,20 +298,20 @@ class TestText:
 
     def test_a_frozen_image_encoder_stays_as_it_is(self, name):
         """LiT: not a bit of it changes, and it is in no optimiser's state."""
-        mesh, init, step = trainer(name, 'vit', 1, frozen=True, projection=16)
+        mesh, init, step = trainer(name, 'vit', 1, locked=True, projection=16)
         with jax.set_mesh(mesh):
             s = before = init()
             for i in range(3):
                 s, _ = step(s, batch_of(name, i))
         assert 'encoder' not in s.params
         equal_bits(s.extra['frozen'], before.extra['frozen'])
-        encoders = make(name, frozen=True, projection=16).encoders(s.params, s.extra)
+        encoders = make(name, locked=True, projection=16).encoders(s.params, s.extra)
         equal_bits(encoders['image'][0], before.extra['frozen']['encoder'])
 
     def test_mistakes_are_explained(self, name):
         example = {k: jnp.asarray(v) for k, v in batch_of(name).items()}
         with pytest.raises(UserError, match=r'projection: got 8;.*16'):
-            make(name, frozen=True, projection=8).init(jax.random.key(0), example, RECORDS)
+            make(name, locked=True, projection=8).init(jax.random.key(0), example, RECORDS)
         without = {k: v for k, v in example.items() if k != 'text'}
         with pytest.raises(UserError, match=r'config\.data\.text: not set'):
             make(name).init(jax.random.key(0), without, RECORDS)
@@ -327,7 +329,7 @@ class TestText:
         example = {k: jnp.asarray(v) for k, v in batch_of(name).items()}
         _, _, start = initial(name, 'vit', 0.1)
         both = [
-            jax.jit(jax.grad(method.loss, has_aux=True))(
+            jit(jax.grad(method.loss, has_aux=True))(
                 start.params, start.extra, example, jax.random.key(0), jnp.float32(0)
             )[0]
             for method in (whole, cut)

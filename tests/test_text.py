@@ -24,7 +24,10 @@ TEXTS = [
 
 
 def train(path, texts=TEXTS, vocabulary=400, length=96, lower=False):
-    return text.train_tokenizer(texts, path, vocabulary=vocabulary, length=length, lower=lower)
+    tokenizer = text.train_tokenizer(texts, vocabulary=vocabulary, length=length, lower=lower)
+    tokenizer.save(path.parent)
+    (path.parent / 'tokenizer.json').rename(path)
+    return tokenizer
 
 
 @pytest.fixture(scope='module')

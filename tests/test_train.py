@@ -168,7 +168,7 @@ def test_a_run_with_captions_goes_on_with_the_same_bits(tmp_path):
     lit = [
         f'--config.init_from={tmp_path / "whole"}',
         '--config.method.projection=16',
-        '--config.method.frozen=True',
+        '--config.method.locked=True',
     ]
     finish(start(tmp_path / 'frozen', *lit, tiny=tiny))
     theirs, ours = parameters(tmp_path / 'whole'), parameters(tmp_path / 'frozen')

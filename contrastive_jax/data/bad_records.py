@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from typing import Any
 
 from absl import logging
 
@@ -30,6 +31,7 @@ class BadRecords:
             raise UserError(f'bad records: max_fraction is {max_fraction}, expected 0 to 1.')
         self.path, self.total, self.max_fraction = path, total, max_fraction
         self._reasons: dict[str, str] = {}
+        self._notes: set[str] = set()
         self._read = 0
         self._lock = threading.Lock()
         self._follow()
@@ -51,13 +53,7 @@ class BadRecords:
             if record not in self._reasons:
                 self._reasons[record] = reason
                 logging.warning('bad record %s: %s', record, reason)
-                if self.path is not None:
-                    # One write in append mode, so that lines of several processes do not mix.
-                    line = json.dumps({'record': record, 'reason': reason}) + '\n'
-                    with open(self.path, 'ab', buffering=0) as file:
-                        if file.tell() > self._read:  # the last line was cut by a kill
-                            line = '\n' + line
-                        file.write(line.encode())
+                self._write({'record': record, 'reason': reason})
             if self.count > self.max_fraction * self.total:
                 first = [f'\n  {r}: {why}' for r, why in list(self._reasons.items())[:5]]
                 where = f' (all in {self.path})' if self.path is not None else ''
@@ -66,6 +62,25 @@ class BadRecords:
                     f'{100 * self.max_fraction:g} %. The first{where}:{"".join(first)}\n'
                     'Mend or remove them and delete that list, or allow more.'
                 )
+
+    def note(self, record: str, reason: str) -> None:
+        """Lists what was left out of a record that can be used; it does not count."""
+        with self._lock:
+            self._follow()
+            if record not in self._notes:
+                self._notes.add(record)
+                logging.warning('left out %s: %s', record, reason)
+                self._write({'record': record, 'reason': reason, 'usable': True})
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        # One write in append mode, so that lines of several processes do not mix.
+        line = json.dumps(entry) + '\n'
+        with open(self.path, 'ab', buffering=0) as file:
+            if file.tell() > self._read:  # the last line was cut by a kill
+                line = '\n' + line
+            file.write(line.encode())
 
     def _follow(self) -> None:
         """Reads the lines that others, or earlier runs, have added to the file."""
@@ -79,6 +94,9 @@ class BadRecords:
                 self._read += len(line)
                 try:
                     entry = json.loads(line)
-                    self._reasons.setdefault(entry['record'], entry['reason'])
+                    if entry.get('usable'):
+                        self._notes.add(entry['record'])
+                    else:
+                        self._reasons.setdefault(entry['record'], entry['reason'])
                 except (ValueError, KeyError, TypeError):
                     continue

@@ -5,6 +5,7 @@ alphabet (Radford et al. 2019, GPT-2, section 2.2), so any script and any emoji 
 [start] tokens [end], cut to the length with the end kept (Radford et al. 2021, CLIP, section 2.4).
 """
 
+import functools
 import gzip
 import html
 import importlib
@@ -26,6 +27,8 @@ ENDS = (END, '<end_of_text>', '<|end_of_text|>', '[SEP]', '</s>', '<eos>')
 # GPT-2's words, with marks (vowel signs of Hindi, Thai, ...) counted as letters; CLIP's.
 WORDS = r' ?[\p{L}\p{M}]+| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+'
 CLIP_WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# What a tokenizer's file is called beside a run.
+FILES = {'.json': 'tokenizer.json', '.model': 'tokenizer.model', '.gz': 'tokenizer.txt.gz'}
 EXPECTED = (
     "Expected: a tokenizer.json of Hugging Face's tokenizers or a directory with one, CLIP's "
     'bpe_simple_vocab_16e6.txt.gz, or a SentencePiece .model.'
@@ -45,12 +48,21 @@ class Vocabulary(NamedTuple):
 class Tokenizer:
     """Texts to rows of ids below `vocabulary`; may be called from several threads.
 
-    `seen` and `truncated` count the texts so far and those that were cut to `length`.
+    `seen` and `truncated` count the texts so far and those that were cut to `length`; `name` and
+    `content` are of its file.
     """
 
-    def __init__(self, vocabulary: Vocabulary, normalise: Callable[[str], str], length: int):
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        normalise: Callable[[str], str],
+        length: int,
+        content: bytes,
+        suffix: str = '.json',
+    ):
         if length < 3:
             raise UserError(f'tokenizer: got length {length}, expected at least 3.')
+        self.name, self.content = FILES[suffix], content
         self.vocabulary, self.length, self.normalise = vocabulary.size, length, normalise
         self.seen = self.truncated = 0
         self._vocabulary, self._lock = vocabulary, threading.Lock()
@@ -70,10 +82,24 @@ class Tokenizer:
             self.truncated += sum(len(ids) > room for ids in found)
         return ids_nT
 
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes its file into a folder, whole or not at all; `open_tokenizer(folder)` reads it."""
+        path = epath.Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        temporary = path / f'{self.name}.tmp'
+        temporary.write_bytes(self.content)
+        temporary.replace(path / self.name)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a row."""
         none = (-1, self._vocabulary.start, self._vocabulary.end)
         return self._vocabulary.decode([int(i) for i in ids if i not in none])
+
+
+def files(folder: str | os.PathLike) -> list[epath.Path]:
+    """Those that `save` has written into a folder: one or none."""
+    paths = (epath.Path(folder) / name for name in FILES.values())
+    return [path for path in paths if path.exists()]
 
 
 def open_tokenizer(path: str | os.PathLike, *, length: int, lower: bool) -> Tokenizer:
@@ -90,42 +116,41 @@ def open_tokenizer(path: str | os.PathLike, *, length: int, lower: bool) -> Toke
             that is not installed, length below 3.
     """
     file = epath.Path(path).expanduser()
-    file = file / 'tokenizer.json' if file.is_dir() else file
+    if file.is_dir():
+        file = next(iter(files(file)), file / FILES['.json'])
     if not file.exists():
         raise UserError(f'tokenizer: {str(file)!r} does not exist. {EXPECTED}')
+    content = file.read_bytes()
+    suffix = file.suffix if file.suffix in FILES else '.json'
+
+    normalise: Callable[[str], str] = functools.partial(_normal, lower=lower)
     try:
-        if file.name.endswith('.gz'):
-            return Tokenizer(*_clip(gzip.decompress(file.read_bytes()).decode()), length)
-        if file.name.endswith('.model'):
+        if suffix == '.gz':
+            vocabulary, normalise = _clip(gzip.decompress(content).decode())
+        elif suffix == '.model':
             lib = _import('sentencepiece')
-            model = lib.SentencePieceProcessor(model_proto=file.read_bytes())
+            model = lib.SentencePieceProcessor(model_proto=content)
             start = model.bos_id() if model.bos_id() >= 0 else None
             end, size = model.eos_id(), model.vocab_size()
             vocabulary = Vocabulary(model.encode, model.decode, size, start, end)
         else:
-            vocabulary = _of(_import('tokenizers').Tokenizer.from_str(file.read_text()))
+            vocabulary = _of(_import('tokenizers').Tokenizer.from_str(content.decode()))
     except UserError:
         raise
     except Exception as error:  # each library has its own, tokenizers' is Exception itself
         raise UserError(f'tokenizer: cannot read {str(file)!r}: {error}. {EXPECTED}') from error
     if vocabulary.end < 0:
         raise UserError(f'tokenizer: {str(file)!r} has no token that ends a text: {ENDS}.')
-    return Tokenizer(vocabulary, lambda text: _normal(text, lower), length)
+    return Tokenizer(vocabulary, normalise, length, content, suffix)
 
 
 def train_tokenizer(
-    texts: Iterable[str],
-    path: str | os.PathLike | None,
-    *,
-    vocabulary: int,
-    length: int,
-    lower: bool,
+    texts: Iterable[str], *, vocabulary: int, length: int, lower: bool
 ) -> Tokenizer:
-    """Trains a byte-level BPE and writes it, whole or not at all.
+    """Trains a byte-level BPE; the same texts give the same one.
 
     Args:
         texts: captions; they are read once.
-        path: the tokenizer.json to write; its directory is made. None: nothing is written.
         vocabulary: tokens at most, at least 258: the bytes, start and end. What occurs once makes
             no token, so few texts give fewer. The last two are start and end, as in CLIP's.
         length: tokens a text, start and end counted; at least 3.
@@ -160,14 +185,8 @@ def train_tokenizer(
     if not read:
         raise UserError('tokenizer: there are no texts to train on.')
     model.add_special_tokens([START, END])
-    tokenizer = Tokenizer(_of(model), lambda text: _normal(text, lower), length)
-    if path is not None:
-        file = epath.Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.parent / f'{file.name}.{os.getpid()}.tmp'
-        temporary.write_text(model.to_str())
-        temporary.replace(file)
-    return tokenizer
+    content = model.to_str().encode()
+    return Tokenizer(_of(model), functools.partial(_normal, lower=lower), length, content)
 
 
 def _normal(text: str, lower: bool) -> str:

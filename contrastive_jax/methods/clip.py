@@ -23,7 +23,7 @@ def make(
     projection: int = 512,
     temperature: float = 0.07,
     most: float = 100.0,
-    frozen: bool = False,
+    locked: bool = False,
 ) -> Method:
     """CLIP around an image and a text encoder.
 
@@ -33,10 +33,10 @@ def make(
         projection: dimensions of the shared space.
         temperature: τ at the start, > 0; learned as log 1/τ (section 2.5).
         most: of 1/τ, > 0; the paper clips it at 100 for stability.
-        frozen: keep the image encoder as it is, LiT; give it weights by config.init_from.
+        locked: keep the image encoder as it is, LiT; give it weights by config.init_from.
     """
     check_numbers('clip', ('temperature', 'most'), temperature=temperature, most=most)
-    towers = Towers(model, text, projection, frozen)
+    towers = Towers(model, text, projection, locked)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         del records

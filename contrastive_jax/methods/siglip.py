@@ -22,7 +22,7 @@ def make(
     projection: int = 768,
     logit_scale: float = 10.0,
     logit_bias: float = -10.0,
-    frozen: bool = False,
+    locked: bool = False,
 ) -> Method:
     """SigLIP around an image and a text encoder.
 
@@ -32,10 +32,10 @@ def make(
         projection: dimensions of the shared space.
         logit_scale: t at the start, > 0; learned as its logarithm.
         logit_bias: b at the start, so that the many pairs that do not match start out as no's.
-        frozen: keep the image encoder as it is; give it weights by config.init_from.
+        locked: keep the image encoder as it is; give it weights by config.init_from.
     """
     check_numbers('siglip', ('logit_scale',), logit_scale=logit_scale)
-    towers = Towers(model, text, projection, frozen)
+    towers = Towers(model, text, projection, locked)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         del records

@@ -15,7 +15,7 @@ from contrastive_jax.config import UserError
 
 
 class Microbatched(NamedTuple):
-    """An encoder that trains on one part of the batch after another: exact gradient caching.
+    """An encoder that works on one part of the batch after another: exact gradient caching.
 
     The parts' features together are the batch's, so a loss on them sees every negative; the
     backward pass encodes each part again, so that the activations of one part are all that is held
@@ -118,8 +118,8 @@ def apply(
         **inputs: further arguments of the module's call, trees of arrays [B, ...].
     """
     if isinstance(module, Microbatched):
-        if train and module.parts > 1:
-            return _by_parts(*module, params, stats, x, key, inputs)
+        if module.parts > 1 and len(x) % module.parts == 0:
+            return _by_parts(*module, params, stats, x, train, key, inputs)
         module = module.module
     if isinstance(module, Pretrained):
         module = module.module
@@ -139,6 +139,7 @@ def _by_parts(
     params: Any,
     stats: Any,
     x: jax.Array,
+    train: bool,
     key: jax.Array | None,
     inputs: dict[str, Any],
 ) -> tuple[Any, Any]:
@@ -151,7 +152,7 @@ def _by_parts(
     @jax.checkpoint
     def encode(stats: Any, part: tuple[Any, jax.Array | None]) -> tuple[Any, Any]:
         (x, inputs), key = part
-        outputs, stats = apply(module, params, stats, x, train=True, key=key, **inputs)
+        outputs, stats = apply(module, params, stats, x, train=train, key=key, **inputs)
         return stats, outputs
 
     stats, outputs = jax.lax.scan(encode, stats, (rows, keys))

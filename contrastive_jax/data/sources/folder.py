@@ -110,7 +110,7 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _walk(root: str, relative: str, seen: frozenset[str] = frozenset()) -> list[str]:
+def walk(root: str, relative: str, seen: frozenset[str] = frozenset()) -> list[str]:
     """Every image below root/relative, relative to root; links that form a cycle are cut."""
     path = os.path.join(root, relative)
     real = os.path.realpath(path)
@@ -123,7 +123,7 @@ def _walk(root: str, relative: str, seen: frozenset[str] = frozenset()) -> list[
         if _is_image(entry.name):
             files.append(name)
         elif entry.is_dir():
-            files += _walk(root, name, seen | {real})
+            files += walk(root, name, seen | {real})
     return files
 
 
@@ -133,7 +133,7 @@ def _scan(root: str, relative: str, train: Folder | None) -> Folder:
     entries = _entries(path)
     loose = [os.path.join(relative, e.name) for e in entries if _is_image(e.name)]
     folders = [e.name for e in entries if not _is_image(e.name) and e.is_dir()]
-    found = {name: _walk(root, os.path.join(relative, name)) for name in folders}
+    found = {name: walk(root, os.path.join(relative, name)) for name in folders}
     found = {name: files for name, files in found.items() if files}
     if not found and not loose:
         names = [e.name for e in entries]
