@@ -35,8 +35,11 @@ def started(workdir, name):
             config.update({'microbatch': 8, 'remat': True})
     mesh = parallel.make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state = program.build_parts(config, str(workdir), mesh).program.init()
+        parts = program.build_parts(config, str(workdir), mesh)
+        state = parts.program.init()
     checkpoint.claim(workdir, config.to_dict())
+    if parts.tokenizer:
+        parts.tokenizer.save(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.best)
     checkpoints.save(state, None, 2)
     checkpoints.close()

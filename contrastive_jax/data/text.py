@@ -85,6 +85,8 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike) -> None:
         """Writes its file into a folder, whole or not at all; `open_tokenizer(folder)` reads it."""
         path = epath.Path(folder)
+        if (path / self.name).exists() and (path / self.name).read_bytes() == self.content:
+            return
         path.mkdir(parents=True, exist_ok=True)
         temporary = path / f'{self.name}.tmp'
         temporary.write_bytes(self.content)
