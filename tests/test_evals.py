@@ -50,7 +50,8 @@ def encoder(splits, devices=1, batch=48, classes=CLASSES, calls=None) -> evals.E
     def encode(batch):
         return batch['image']
 
-    def counted(batch):
+    def counted(batch, name):
+        assert name == 'features'
         if calls is not None:
             calls.append(1)
         return encode(batch)

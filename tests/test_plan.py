@@ -102,12 +102,11 @@ def test_compute_of_losses_in_matrix_products(loss, units, exchange):
     permutes = [c for c in compiled.collectives if c.op == 'collective-permute']
     assert bool(permutes) == (exchange == 'ring')
     if permutes and loss == 'info_nce':
-        # Forwards the bank (z, its scale, whose pair) makes `devices` hops; backwards again, with
-        # its gradient (of z and the scale).
-        bank, gradient = D + 2, D + 1
+        # Forwards the bank (z, whose pair) makes `devices` hops; backwards again, with z's gradient.
+        bank, gradient = D + 1, D
         shard = B // devices * 4
         assert sum(c.bytes for c in permutes) == devices * shard * (2 * bank + gradient)
-        assert sum(c.count for c in permutes) == devices * (2 * 3 + 2)
+        assert sum(c.count for c in permutes) == devices * (2 * 2 + 1)
 
 
 def installed(module):
