@@ -564,7 +564,8 @@ def test_config_lists_the_models():
     assert isinstance(
         config.build('models', {'name': 'vit', 'size': 'Ti'}, 'config.model'), vit.ViT
     )
-    with pytest.raises(UserError, match=r"Did you mean 'resnet'.*Exists: 'resnet', 'transformer', 'vit'"):
+    exist = "'resnet', 'transformer', 'vit'"
+    with pytest.raises(UserError, match=rf"Did you mean 'resnet'.*Exists: {exist}"):
         config.build('models', {'name': 'resmet'}, 'config.model')
     with pytest.raises(UserError, match=r"unknown key 'pach'\. Did you mean 'patch'"):
         config.build('models', {'name': 'vit', 'pach': 2}, 'config.model')

@@ -102,7 +102,7 @@ def test_compute_of_losses_in_matrix_products(loss, units, exchange):
     permutes = [c for c in compiled.collectives if c.op == 'collective-permute']
     assert bool(permutes) == (exchange == 'ring')
     if permutes and loss == 'info_nce':
-        # Forwards the bank (z, whose pair) makes `devices` hops; backwards again, with z's gradient.
+        # Forwards the bank (z, whose pair) makes `devices` hops; backwards again, with a gradient.
         bank, gradient = D + 1, D
         shard = B // devices * 4
         assert sum(c.bytes for c in permutes) == devices * shard * (2 * bank + gradient)
