@@ -17,6 +17,8 @@ import shlex
 import subprocess
 import sys
 
+from step_time import load
+
 HERE = pathlib.Path(__file__).resolve().parents[1]
 KNN = {'digits': {'k': 20, 'temperature': 0.07}, 'cifar10_small': {'k': 200, 'temperature': 0.1}}
 
@@ -30,7 +32,7 @@ def main() -> None:
     parser.add_argument('--more', default='', help='Flags for every run.')
     args = parser.parse_args()
     found = sorted(p.stem for p in (HERE / 'configs').glob('*.py'))
-    images = [n for n in found if n != 'simclr_vit' and not n.startswith(('clip', 'siglip'))]
+    images = [n for n in found if n != 'simclr_vit' and not load(n, 'digits').text]
     names = args.only.split(',') if args.only else images
     evals = {'knn': KNN[args.preset], 'collapse': {}, 'linear': {}}
     for name in names:

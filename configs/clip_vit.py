@@ -39,10 +39,7 @@ def webdataset(c: Config) -> None:
     recipes.captions(c, batch=1024, source='webdataset')
     c.data.holdout = 0.001
     c.method = CLIP
-    c.optim = {
-        **{'name': 'adamw', 'learning_rate': 2.5e-4, 'weight_decay': 0.1, 'warmup': 0.12},
-        **{'b1': 0.9, 'b2': 0.98, 'eps': 1e-6},
-    }
+    c.optim.update({'warmup': 0.12, 'b1': 0.9, 'b2': 0.98, 'eps': 1e-6})
 
 
 def openai(c: Config) -> None:
@@ -54,8 +51,8 @@ def openai(c: Config) -> None:
     webdataset(c)
     c.batch_size, c.total_epochs, c.data.holdout = 32_768, 32.0, 1e-5
     c.model = {'name': 'vit', 'size': 'B', 'patch': 32, 'position': 'learned', 'dtype': 'bfloat16'}
-    recipes.text_tower(c, vocabulary=49_408, length=77, width=512, depth=12, heads=8)
-    c.text.dtype = 'bfloat16'
+    text = {'width': 512, 'depth': 12, 'heads': 8, 'dtype': 'bfloat16'}
+    recipes.text_tower(c, vocabulary=49_408, length=77, **text)
     # The rate is 5e-4 for the whole batch.
     c.optim.update({'learning_rate': 5e-4 / 128, 'weight_decay': 0.2, 'warmup': 0.005})
 

@@ -52,7 +52,7 @@ def webdataset(c: Config) -> None:
     c.text.update(BOTH_WAYS)
     c.method = SIGLIP
     c.data.holdout = 0.001
-    c.optim.update({'learning_rate': 2.5e-4, 'warmup': 0.02, 'b2': 0.95, 'clip_norm': 1.0})
+    c.optim.update({'warmup': 0.02, 'b2': 0.95, 'clip_norm': 1.0})
 
 
 def webli(c: Config) -> None:
@@ -66,8 +66,8 @@ def webli(c: Config) -> None:
     c.data.mean = c.data.std = (0.5, 0.5, 0.5)
     model = {'name': 'vit', 'size': 'B', 'patch': 16, 'pool': 'mean', 'dtype': 'bfloat16'}
     c.model = {**model, 'position': 'learned'}
-    recipes.text_tower(c, vocabulary=32_000, length=64, width=768, depth=12, heads=12)
-    c.text.update({**BOTH_WAYS, 'dtype': 'bfloat16'})
+    text = {'width': 768, 'depth': 12, 'heads': 12, 'dtype': 'bfloat16', **BOTH_WAYS}
+    recipes.text_tower(c, vocabulary=32_000, length=64, **text)
     # The rate is 1e-3 for the whole batch.
     c.optim.update({'learning_rate': 1e-3 / 128, 'weight_decay': 0.1})
 

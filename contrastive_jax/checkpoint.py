@@ -123,11 +123,6 @@ def latest(workdir: str | os.PathLike) -> int | None:
     return max((found.step for found in steps), default=None)
 
 
-def claimed(workdir: str | os.PathLike) -> bool:
-    """Whether a run has been started in a workdir."""
-    return (epath.Path(workdir) / CONFIG).exists()
-
-
 def weights(workdir: str | os.PathLike, step: int) -> tuple[Any, Any]:
     """`(params, extra)` of a complete checkpoint, as NumPy arrays, whatever devices wrote them."""
     path = epath.Path(workdir).absolute() / 'checkpoints' / str(step) / 'state'
@@ -160,7 +155,7 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any], must_exist: boo
     Raises:
         UserError: the workdir's config differs; the keys are listed with both values.
     """
-    if not must_exist and not claimed(workdir):
+    if not must_exist and not (epath.Path(workdir) / CONFIG).exists():
         return
     # Keys that a run is older than had the effect of their defaults.
     theirs = flatten(json.loads(json.dumps(base().to_dict()))) | flatten(read(workdir))

@@ -51,14 +51,14 @@ def grids(c: Config, steps: int) -> None:
     digits_vit(c, steps)
     c.data.source = 'digits:grids'
     # Where a digit stands is what captions say: crops that cut little, and no flips.
-    c.data.crop = {'scale': (0.9, 1.0), 'interpolation': 'bicubic', 'flip': 0.0}
-    c.augment = {'jitter': {'prob': 0.8, 'brightness': 0.2, 'contrast': 0.4}}
+    c.data.crop.scale = (0.9, 1.0)
+    del c.augment.cutout
     text_tower(c, vocabulary=512, length=16, width=96, depth=2, heads=3)
     c.evals = {
         'retrieval': {},
         'zeroshot': {'templates': ('a {} at the top left',)},
     }
-    c.optim = {'name': 'adamw', 'learning_rate': 4e-3, 'weight_decay': 0.05, 'warmup': 0.1}
+    c.optim.learning_rate = 4e-3
 
 
 def text_tower(c: Config, vocabulary: int, length: int, **model: Any) -> None:
@@ -79,20 +79,14 @@ def flickr8k(c: Config, steps: int) -> None:
     c.augment = {'jitter': {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4}}
     c.model = SMALL_RESNET
     text_tower(c, vocabulary=4096, length=24, width=192, depth=2, heads=3)
-    c.optim = {
-        'name': 'adamw',
-        'learning_rate': 3e-3,
-        'weight_decay': 0.2,
-        'warmup': 0.1,
-        'b2': 0.98,
-    }
+    c.optim.update({'learning_rate': 3e-3, 'weight_decay': 0.2, 'b2': 0.98})
 
 
 def captions(c: Config, batch: int = 256, source: str = 'captions') -> None:
     """One's own pictures and captions, at a batch that one GPU holds; ViT-S and half of CLIP."""
     config_lib.dataset(c, 'captions')
     c.data.source = source
-    c.total_epochs, c.batch_size, c.eval_every = 30.0, batch, 0
+    c.total_epochs, c.batch_size = 30.0, batch
     # Captions name sides and colours: no flips, no jitter, crops that show most (OpenCLIP's).
     c.data.crop = {'scale': (0.9, 1.0), 'interpolation': 'bicubic', 'flip': 0.0}
     c.model = {'name': 'vit', 'size': 'S', 'patch': 16, 'pool': 'mean', 'dtype': 'bfloat16'}

@@ -100,11 +100,16 @@ def wait_for(workdir, lines):
     raise AssertionError('the run wrote no metrics')
 
 
-def test_killed_run_goes_on_with_the_same_bits(whole, tmp_path):
-    process = start(tmp_path)
-    wait_for(tmp_path, 8)
+def kill(workdir, lines, tiny=TINY):
+    """Starts a run and kills it once metrics.jsonl has that many lines."""
+    process = start(workdir, tiny=tiny)
+    wait_for(workdir, lines)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+def test_killed_run_goes_on_with_the_same_bits(whole, tmp_path):
+    kill(tmp_path, 8)
     out = finish(start(tmp_path))
     assert 'continuing' in out or 'untrained' in out
     assert_same_bits(whole, tmp_path)
@@ -126,10 +131,7 @@ def test_a_run_that_clusters_between_epochs_goes_on_with_the_same_bits(tmp_path)
         '--config.evals={}',
     ]
     finish(start(tmp_path / 'whole', tiny=tiny))
-    process = start(tmp_path / 'killed', tiny=tiny)
-    wait_for(tmp_path / 'killed', 19)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(tmp_path / 'killed', 19, tiny)
     out = finish(start(tmp_path / 'killed', tiny=tiny))
     assert 'continuing' in out
     assert 'step 21: refreshed' in out
@@ -151,12 +153,9 @@ def test_a_run_with_captions_goes_on_with_the_same_bits(tmp_path):
         "--config.evals={'retrieval': {}}",
     ]
     finish(start(tmp_path / 'whole', tiny=tiny))
-    process = start(tmp_path / 'killed', tiny=tiny)
-    wait_for(tmp_path / 'killed', 8)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(tmp_path / 'killed', 8, tiny)
     before = (tmp_path / 'killed/tokenizer.json').stat().st_mtime_ns
-    out = finish(start(tmp_path / 'killed', tiny=tiny, devices=1))
+    out = finish(start(tmp_path / 'killed', tiny=tiny))
     assert 'continuing' in out
     assert (tmp_path / 'killed/tokenizer.json').stat().st_mtime_ns == before
     assert_same_bits(tmp_path / 'whole', tmp_path / 'killed')

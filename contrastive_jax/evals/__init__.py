@@ -141,6 +141,18 @@ class Encoder:
         return ''
 
 
+def missed(what: str) -> Callable[[str], None]:
+    """`say(reason)`: logs why `what` is not evaluated, each reason once."""
+    said: set[str] = set()
+
+    def say(reason: str) -> None:
+        if reason not in said:
+            logging.info('%s is not evaluated: %s', what, reason)
+            said.add(reason)
+
+    return say
+
+
 def put(mesh: Mesh, x_ND: np.ndarray, label_N: np.ndarray) -> Features:
     """Host rows (the same on every process) as Features, padded to a multiple of the devices."""
     padding = -len(x_ND) % mesh.size

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax import lax
 
 from contrastive_jax import evals, similarity
@@ -54,13 +53,11 @@ def make(
     if temperature <= 0:
         raise UserError(f'config.evals.knn.temperature: got {temperature}, expected above 0.')
     evals.check_draws('config.evals.knn', per_class, draws)
-    said = set()
+    say = evals.missed('kNN')
 
     def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
         if reason := encoder.missing():
-            if reason not in said:
-                logging.info('kNN is not evaluated: %s', reason)
-                said.add(reason)
+            say(reason)
             return
         bank, test = encoder.labelled(), encoder.features('test')
         classes = max(len(encoder.classes), int(bank.label_N.max()) + 1)

@@ -83,13 +83,11 @@ def make(
     # Strongly regularised problems are solved in a few steps, and each is the next one's start.
     path = sorted(strengths, reverse=True)
     limits = Limits(tolerance, max(tolerance, CHOOSING), np.int32(max_iterations))
-    said = set()
+    say = evals.missed('the linear classifier')
 
     def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
         if reason := encoder.missing():
-            if reason not in said:
-                logging.info('the linear classifier is not evaluated: %s', reason)
-                said.add(reason)
+            say(reason)
             return
         train, test = encoder.labelled(), encoder.features('test')
         classes = max(len(encoder.classes), int(train.label_N.max()) + 1)

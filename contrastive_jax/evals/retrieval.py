@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax import lax
 from jax.sharding import Mesh
 
@@ -51,14 +50,12 @@ def make(
     check_k('config.evals.retrieval', k)
     if tile < 1:
         raise UserError(f'config.evals.retrieval.tile: got {tile}, expected at least 1.')
-    said = set()
+    say = evals.missed('Retrieval')
 
     def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
         reason, images_MD, captions = _pairs(encoder, split)
         if reason:
-            if reason not in said:
-                logging.info('Retrieval is not evaluated: %s', reason)
-                said.add(reason)
+            say(reason)
             return
         texts_ND = embed(encoder, [text for own in captions for text in own])
         image_M = np.arange(len(captions))

@@ -67,13 +67,11 @@ def make(
             raise UserError(f'{WHERE}.templates: got {template!r}, expected {{}} for the name.')
     if twice := len(names) - len(set(names)):
         logging.warning('%s.classes: names of more than one class (%d) never win', WHERE, twice)
-    said = set()
+    say = evals.missed('Zero-shot classification')
 
     def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
         if reason := _missing(encoder, split):
-            if reason not in said:
-                logging.info('Zero-shot classification is not evaluated: %s', reason)
-                said.add(reason)
+            say(reason)
             return
         check(names, encoder.classes)
         x_ND, label_N = encoder.features(split, 'embedding')

@@ -18,7 +18,7 @@ from typing import Any
 from absl import logging
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import BadRecord, Record, Source, hold_out, reject_argument
+from contrastive_jax.data import BadRecord, Record, Source, reject_argument, with_test
 from contrastive_jax.data.decode import decode
 from contrastive_jax.data.sources import folder
 
@@ -112,12 +112,7 @@ def make(argument: str = '', root: str = '', holdout: float = 0.1) -> dict[str, 
     splits: dict[str, Source] = {
         split: ArrayRecords(files, classes, split) for split, files in paths.items() if files
     }
-    if 'test' not in splits and 'validation' in splits:
-        splits['test'] = splits.pop('validation')
-        logging.info('no test records in %s: validation serves as test', root)
-    if 'test' not in splits:
-        return hold_out(splits['train'], holdout, str, root)
-    return splits
+    return with_test(splits, holdout, str, root)
 
 
 def pack(source: folder.Folder, path_prefix: str, shards: int) -> tuple[int, list[str]]:

@@ -9,7 +9,7 @@ import os
 from absl import logging
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import BadRecord, Record, Source, hold_out, reject_argument
+from contrastive_jax.data import BadRecord, Record, Source, hold_out, reject_argument, with_test
 from contrastive_jax.data.decode import decode
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')
@@ -92,12 +92,7 @@ def make(argument: str = '', root: str = '', holdout: float = 0.1) -> dict[str, 
     for split, name in split_folders.items():
         if split != 'train':
             splits[split] = _scan(root, name, train)
-    if 'test' not in splits and 'validation' in splits:
-        splits['test'] = splits.pop('validation')
-        logging.info('no test folder in %s: %s serves as test', root, split_folders['validation'])
-    if 'test' not in splits:
-        splits = hold_out(train, holdout, lambda i: train.paths[i].replace(os.sep, '/'), root)
-    return splits
+    return with_test(splits, holdout, lambda i: train.paths[i].replace(os.sep, '/'), root)
 
 
 def _entries(path: str) -> list[os.DirEntry]:
