@@ -10,11 +10,15 @@ Prints two Markdown tables: time, CPU time and memory of a call, and ours over t
 
 All see the same float32 embeddings, not normalised, on as many threads as there are cores, and give
 the loss and its gradient in the embeddings; that they agree is checked. Each variant has a process
-of its own, in turns whose order alternates. A turn is a warm-up and three calls (fewer where they
-take more than a minute) and counts with their median; tables have the median over turns, ratios
-that of the ratios within each turn. Memory is how far the peak of the resident memory during the
-turn's calls, the warm-up among them, lies above what was resident before: the gradients count,
-embeddings and compilation do not.
+of its own, in turns whose order alternates. `open_clip_gather` has two, with half of the pairs and
+of the cores each, and does what open_clip does unless it is told otherwise: both gather all
+embeddings and compute the whole matrix. Its CPU time and memory are the sums, its time the slower
+one's.
+
+A turn is a warm-up and three calls (fewer where they take more than a minute) and counts with their
+median; tables have the median over turns, ratios that of the ratios within each turn. Memory is how
+far the peak of the resident memory during the turn's calls, the warm-up among them, lies above what
+was resident before: the gradients count, embeddings and compilation do not.
 """
 
 import argparse
@@ -26,6 +30,7 @@ import importlib.metadata
 import json
 import math
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -36,10 +41,15 @@ from typing import Any
 TEMPERATURE = 0.1
 SECONDS = 60  # that a turn's calls take, unless one takes longer
 VARIANTS = {
-    'clip': ['ours', 'dense', 'open_clip'],
+    'clip': ['ours', 'dense', 'open_clip', 'open_clip_gather'],
     'nt_xent': ['ours', 'dense', 'lightly'],
 }
-TORCH = {'open_clip': 'open_clip_torch', 'lightly': 'lightly'}  # variant -> distribution
+TORCH = {  # variant -> distribution
+    'open_clip': 'open_clip_torch',
+    'open_clip_gather': 'open_clip_torch',
+    'lightly': 'lightly',
+}
+RANKS = {'open_clip_gather': 2}
 COLUMNS = {'seconds': 1, 'cpu_seconds': 1, 'bytes': 2**20}
 
 Call = Callable[[], tuple[float, Any, Any]]  # () -> loss, gradients in both sides
@@ -117,16 +127,23 @@ def jax_call(loss: str, variant: str, a: Any, b: Any) -> Call:
     return call
 
 
-def torch_call(loss: str, a: Any, b: Any) -> Call:
+def torch_call(loss: str, variant: str, a: Any, b: Any) -> Call:
     import torch  # pyright: ignore[reportMissingImports]
+    from torch import distributed  # pyright: ignore[reportMissingImports]
     from torch.nn.functional import normalize  # pyright: ignore[reportMissingImports]
 
-    torch.set_num_threads(cores())
-    a, b = (torch.from_numpy(x).requires_grad_() for x in (a, b))
+    ranks = RANKS.get(variant, 1)
+    torch.set_num_threads(max(1, cores() // ranks))
+    rank = 0
+    if ranks > 1:
+        distributed.init_process_group('gloo')
+        rank = distributed.get_rank()
+    # Every rank differentiates the whole loss, and the gathered gradients are the ranks' sum.
+    a, b = (torch.from_numpy(x).chunk(ranks)[rank].clone().requires_grad_() for x in (a, b))
     if loss == 'clip':
         from open_clip.loss import ClipLoss  # pyright: ignore[reportMissingImports]
 
-        clip = ClipLoss()
+        clip = ClipLoss(gather_with_grad=True, rank=rank, world_size=ranks)
 
         def function(a, b):
             return clip(normalize(a), normalize(b), 1 / TEMPERATURE)
@@ -139,7 +156,7 @@ def torch_call(loss: str, a: Any, b: Any) -> Call:
         a.grad = b.grad = None
         value = function(a, b)
         value.backward()
-        return float(value.detach()), a.grad, b.grad
+        return float(value.detach()), a.grad / ranks, b.grad / ranks
 
     return call
 
@@ -151,7 +168,7 @@ def turn(loss: str, variant: str, B: int, D: int, repeats: int) -> dict[str, Any
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((B, D), np.float32) for _ in range(2))
     if variant in TORCH:
-        call = torch_call(loss, a, b)
+        call = torch_call(loss, variant, a, b)
         packages = ['torch', TORCH[variant]]
     else:
         call = jax_call(loss, variant, a, b)
@@ -182,12 +199,33 @@ def run(loss: str, variant: str, args: argparse.Namespace) -> dict[str, Any]:
     """`turn` in a process of its own."""
     python = args.peers if variant in TORCH else sys.executable
     sizes = f'--pairs={args.pairs}', f'--dimensions={args.dimensions}', f'--repeats={args.repeats}'
-    out = subprocess.run(
-        [python, __file__, *sizes, '--turn', loss, variant], capture_output=True, text=True
-    )
-    if out.returncode:
-        sys.exit(f'{loss}, {variant}: exit code {out.returncode}\n{out.stderr[-2000:]}')
-    return json.loads(out.stdout.splitlines()[-1])
+    command = [python, __file__, *sizes, '--turn', loss, variant]
+    ranks = RANKS.get(variant, 1)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        where = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(s.getsockname()[1])}
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **where, 'RANK': str(rank), 'WORLD_SIZE': str(ranks)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    results = []
+    for process, (out, error) in [(p, p.communicate()) for p in started]:
+        if process.returncode:
+            sys.exit(f'{loss}, {variant}: exit code {process.returncode}\n{error[-2000:]}')
+        results.append(json.loads(out.splitlines()[-1]))
+    total = dict(results[0])
+    total['seconds'] = max(r['seconds'] for r in results)
+    for column in ('cpu_seconds', 'bytes'):
+        total[column] = sum(r[column] for r in results)
+    losses, *norms = zip(*(r['result'] for r in results), strict=True)
+    total['result'] = [losses[0], *(math.hypot(*n) for n in norms)]
+    return total
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ held) or, where the whole bank is small, after one all-gather. Gradients recompu
 |---|---|---|---|
 | `logsumexp` | [M] | yes | 4 |
 | `logsumexp_both`: over the bank and over the rows | [M], [N] | yes | 4 |
-| `logsumexp_symmetric`: of items among themselves | [M] | yes | 3 |
+| `logsumexp_symmetric`: of items among themselves | [M] | yes | 3, on one device 2 |
 | `sum` of a pairwise term | scalar | yes | 3 |
 | `count` of pairs for which a predicate holds | [M] | no | 1 |
 | `top_k` | [M, k] twice | no | 1 |
@@ -86,7 +86,8 @@ def logsumexp_symmetric(
     """`logsumexp` of items against themselves, for a score with score(a, b) = score(b, a).
 
     The gradient of an item as a bank row is that of a row, with the two's weights exchanged, so
-    one product gives both and nothing but the bank travels. Masks must be symmetric, too.
+    one product gives both and nothing but the bank travels. One device visits half of the matrix.
+    Masks must be symmetric, too.
 
     Arguments as in `logsumexp`.
 
@@ -193,7 +194,7 @@ def _logsumexp(
     def body(row, bank, row_carry: tuple, bank_carry: tuple, shared: tuple):
         scores_mn = tiles.masked(score, closed_over)(row, bank)
         row_carry = _more(row_carry, scores_mn, 1)
-        if mode == 'both':
+        if bank_carry:
             bank_carry = _more(bank_carry, scores_mn, 0)
         return row_carry, bank_carry, shared
 
@@ -204,9 +205,10 @@ def _logsumexp(
         over_rows = nothing(layout.bank_tiles) if mode == 'both' else ()
         return nothing(layout.row_tiles), over_rows, ()
 
-    bank = rows if mode == 'symmetric' else bank
+    symmetric = mode == 'symmetric'
+    bank = rows if symmetric else bank
     join = _joined if mode == 'both' else None
-    over_bank, over_rows, _ = layout.run(body, rows, bank, start, join)
+    over_bank, over_rows, _ = layout.run(body, rows, bank, start, join, symmetric=symmetric)
     lse = [over_bank, over_rows] if mode == 'both' else [over_bank]
     return tuple(jnp.log(total) + _finite(top) for top, total in lse)
 
@@ -235,8 +237,6 @@ def _logsumexp_backward(mode: str, score: Score, layout: tiles.Layout, residuals
     _, d_rows, d_bank, d_closed = tiles.gradients(
         score, layout, weigh, rows_side, bank_side, closed_over, symmetric=symmetric
     )
-    if symmetric:  # every pair was met from both sides
-        d_closed = jax.tree.map(lambda x: x / 2, d_closed)
     d_bank = () if symmetric else tiles.with_integers(d_bank, bank)
     return tiles.with_integers(d_rows, rows), d_bank, d_closed
 

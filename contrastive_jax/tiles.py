@@ -62,6 +62,8 @@ class Layout(NamedTuple):
         bank: Tree,
         start: Callable[[], tuple],
         join: Callable[[Tree], Tree] | None = None,
+        *,
+        symmetric: bool = False,
     ) -> tuple[Tree, Tree, Tree]:
         """Folds body over all tiles of the matrix.
 
@@ -74,15 +76,19 @@ class Layout(NamedTuple):
                 shape. A device's shared value is its own; at the end they are added up.
             join: a carry of the bank with a leading dimension of devices -> without; adds unless
                 it is given.
+            symmetric: rows and bank are the same items, and start has nothing, (), for the bank.
+                One device then meets a pair of different tiles once, where body's carry of the
+                bank block is what the rows have; it is () where the pair is met from the other
+                side, too.
 
         Returns:
             The carries [M, ...] and [N, ...], and the shared value.
         """
         if self.devices == 1:
-            return self._local(body, rows, bank, start, join)
+            return self._local(body, rows, bank, start, join, symmetric)
         split = PartitionSpec(axis())
         local = jax.shard_map(
-            lambda rows, bank: self._local(body, rows, bank, start, join),
+            lambda rows, bank: self._local(body, rows, bank, start, join, symmetric),
             in_specs=(split, split),
             out_specs=(split, split, PartitionSpec()),
             check_vma=False,
@@ -92,13 +98,23 @@ class Layout(NamedTuple):
         return cut(row_carry, self.M), cut(bank_carry, self.N), shared
 
     def _local(
-        self, body: Callable, rows: Tree, bank: Tree, start: Callable, join: Callable | None
+        self,
+        body: Callable,
+        rows: Tree,
+        bank: Tree,
+        start: Callable,
+        join: Callable | None,
+        symmetric: bool,
     ) -> tuple[Tree, Tree, Tree]:
         """One device's part of `run`."""
         here = 0 if self.devices == 1 else lax.axis_index(axis())
         row_length, bank_length = length(rows), length(bank)
         row_blocks = self._blocks(rows, here * row_length, self.M, self.row_tiles)
-        if self.devices == 1 or self.gather:
+        if symmetric and self.devices == 1:
+            # On several devices, what was accumulated for a shard would have to travel with it: as
+            # float32 that is more than the gradient itself, which is what memory there is for.
+            row_carry, bank_carry, shared = _half_sweep(body, row_blocks, start())
+        elif self.devices == 1 or self.gather:
             if self.gather:
                 bank = jax.tree.map(lambda x: lax.all_gather(x, axis(), tiled=True), bank)
             bank_blocks = self._blocks(cut(bank, self.N), 0, self.N, self.bank_tiles)
@@ -158,29 +174,63 @@ class Layout(NamedTuple):
         return Block(tile_up(x, tiles), tile_up(index, tiles), counts)
 
 
+def _at(tree: Tree, i: Any) -> Tree:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def _put(tree: Tree, tile: Tree, i: Any) -> Tree:
+    return jax.tree.map(lambda x, t: lax.dynamic_update_index_in_dim(x, t, i, 0), tree, tile)
+
+
 def _sweep(body: Callable, rows: Block, bank: Block, carries: tuple) -> tuple:
     """Folds body over all pairs of tiles; carries are updated in place."""
 
-    def at(tree: Tree, i: jax.Array) -> Tree:
-        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
-
-    def put(tree: Tree, tile: Tree, i: jax.Array) -> Tree:
-        return jax.tree.map(lambda x, t: lax.dynamic_update_index_in_dim(x, t, i, 0), tree, tile)
-
     def row_step(i: jax.Array, carries: tuple) -> tuple:
         row_carry, bank_carry, shared = carries
-        row = at(rows, i)
+        row = _at(rows, i)
 
         def bank_step(j: jax.Array, carries: tuple) -> tuple:
             mine, bank_carry, shared = carries
-            mine, theirs, shared = body(row, at(bank, j), mine, at(bank_carry, j), shared)
-            return mine, put(bank_carry, theirs, j), shared
+            mine, theirs, shared = body(row, _at(bank, j), mine, _at(bank_carry, j), shared)
+            return mine, _put(bank_carry, theirs, j), shared
 
-        start = at(row_carry, i), bank_carry, shared
+        start = _at(row_carry, i), bank_carry, shared
         mine, bank_carry, shared = lax.fori_loop(0, bank.index.shape[0], bank_step, start)
-        return put(row_carry, mine, i), bank_carry, shared
+        return _put(row_carry, mine, i), bank_carry, shared
 
     return lax.fori_loop(0, rows.index.shape[0], row_step, carries)
+
+
+def _half_sweep(body: Callable, blocks: Block, carries: tuple) -> tuple:
+    """Folds body over all tiles with themselves, and once over all pairs of different ones.
+
+    Tile i meets the (T − 1) / 2 that follow it, around the circle of T. Where T is even, half of
+    the tiles also meet the one across. Loops have fixed lengths, so that `hlo` can count them.
+    """
+    T = blocks.index.shape[0]
+
+    def meet(i: Any, j: Any, carry: Tree, mine: Tree, shared: Tree) -> tuple:
+        mine, theirs, shared = body(_at(blocks, i), _at(blocks, j), mine, _at(carry, j), shared)
+        return _put(carry, theirs, j), mine, shared
+
+    def row_step(i: jax.Array, state: tuple) -> tuple:
+        carry, shared = state
+        row = _at(blocks, i)
+        mine, _, shared = body(row, row, _at(carry, i), (), shared)
+        carry, mine, shared = lax.fori_loop(
+            1, (T + 1) // 2, lambda k, s: meet(i, (i + k) % T, *s), (carry, mine, shared)
+        )
+        return _put(carry, mine, i), shared
+
+    def across(i: jax.Array, state: tuple) -> tuple:
+        carry, shared = state
+        carry, mine, shared = meet(i, i + T // 2, carry, _at(carry, i), shared)
+        return _put(carry, mine, i), shared
+
+    carry, nothing, shared = carries
+    state = lax.fori_loop(0, T, row_step, (carry, shared))
+    carry, shared = state if T % 2 else lax.fori_loop(0, T // 2, across, state)
+    return carry, nothing, shared
 
 
 def gradients(
@@ -203,7 +253,8 @@ def gradients(
         rows_side: (rows, what else weigh needs of them).
         bank_side: (bank, what else weigh needs of it).
         closed_over: what the score closes over.
-        symmetric: the weights hold both of a pair's, and only rows get gradients.
+        symmetric: rows and bank are the same items, the weights hold both of a pair's, and the
+            gradients of the items are the rows'.
 
     Returns:
         The rows' sums of scores (() unless the bank side is bare), the gradients of the
@@ -222,16 +273,21 @@ def gradients(
                 bank._replace(x=merge_bank(bank_floats, bank_others)),
             )
 
-        if symmetric:
+        # Of a pair that is met from both sides, each side gets its own gradient.
+        one_sided = symmetric and not bank_carry
+        if one_sided:
             primals = closed_over, row_floats
             scores_mn, pull = jax.vjp(lambda c, r: scores(c, r, bank_floats), *primals)
         else:
             scores_mn, pull = jax.vjp(scores, closed_over, row_floats, bank_floats)
         weights_mn = weigh(scores_mn, tuple(row_rest), tuple(bank_rest))
         more_closed, more_row, *more_bank = pull(weights_mn)
-        d_row, sum_m = row_carry
-        row_carry = _add(d_row, more_row), sum_m + scores_mn.sum(1) if summing else ()
-        bank_carry = [] if symmetric else _add(bank_carry, more_bank[0])
+        if one_sided:
+            more_closed = jax.tree.map(lambda x: x / 2, more_closed)
+        d_row, *sum_m = row_carry
+        row_carry = _add(d_row, more_row), *(x + scores_mn.sum(1) for x in sum_m)
+        if bank_carry:
+            bank_carry = _add(bank_carry[0], more_bank[0]), *bank_carry[1:]
         return row_carry, bank_carry, _add(shared, more_closed)
 
     rows, bank = _split(rows_side[0])[0], _split(bank_side[0])[0]
@@ -240,14 +296,16 @@ def gradients(
         def zeros(leaves: list, tiles: tuple[int, int]) -> list:
             return [jnp.zeros((*tiles, *x.shape[1:]), wide(x.dtype)) for x in leaves]
 
-        sums = jnp.zeros(layout.row_tiles) if summing else ()
-        d_bank = [] if symmetric else zeros(bank, layout.bank_tiles)
+        sums = [jnp.zeros(layout.row_tiles)] if summing else []
+        d_bank = () if symmetric else (zeros(bank, layout.bank_tiles),)
         d_closed = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), closed_over)
-        return (zeros(rows, layout.row_tiles), sums), d_bank, d_closed
+        return (zeros(rows, layout.row_tiles), *sums), d_bank, d_closed
 
-    (d_rows, sum_M), d_bank, d_closed = layout.run(body, rows_side, bank_side, start)
-    d_bank = [] if symmetric else _as(d_bank, bank)
-    return sum_M, _as(d_rows, rows), d_bank, _as(d_closed, closed_over)
+    (d_rows, *sums), d_bank, d_closed = layout.run(
+        body, rows_side, bank_side, start, symmetric=symmetric
+    )
+    d_bank = [] if symmetric else _as(d_bank[0], bank)
+    return sums[0] if summing else (), _as(d_rows, rows), d_bank, _as(d_closed, closed_over)
 
 
 def strips(function: Callable[[Tree, Tree], Tree], rows: Tree, bank: Tree) -> Tree:

@@ -75,13 +75,21 @@ def test_a_strided_convolutions_gradients_do_not_count_their_holes():
     assert compiled.flops == traced == 3 * 2 * 2 * 8 * 11 * 11
 
 
-@pytest.mark.parametrize('exchange', ['ring', 'gather'])
 @pytest.mark.parametrize(
-    ('loss', 'units'), [('clip', 4), ('siglip', 3), ('nt_xent', 3), ('info_nce', 4)]
+    ('devices', 'exchange', 'loss', 'units'),
+    [
+        *(
+            (4, exchange, *loss)
+            for exchange in ('ring', 'gather')
+            for loss in [('clip', 4), ('siglip', 3), ('nt_xent', 3), ('info_nce', 4)]
+        ),
+        (1, 'auto', 'clip', 4),
+        (1, 'auto', 'nt_xent', 2),
+    ],
 )
-def test_compute_of_losses_in_matrix_products(loss, units, exchange):
+def test_compute_of_losses_in_matrix_products(devices, exchange, loss, units):
     """In units of 2·M·N·D / devices; the forward pass of NT-Xent is over M = N = 2B views."""
-    B, D, tile, devices = 512, 64, 32, 4
+    B, D, tile = 512, 64, 32
     how = {'tile': tile, 'exchange': exchange}
     call = {
         'clip': lambda a, b: losses.clip(a, b, 10.0, **how),
