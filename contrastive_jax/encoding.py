@@ -237,24 +237,35 @@ def encoder(
     """A state's encoder (by `how`, or the method's own), or without a state the raw pixels."""
     d = config.data
     moments = tuple(d.mean), tuple(d.std)
+    tower = None
     if state is None:
         encode = functools.partial(_pixels, *moments)
     else:
-        how = how or parts.program.method.encode
+        method = parts.program.method
+        module = config_lib.build('models', config.model, 'config.model')
+        tower = evals.Tower(module, *method.encoders(state.params, state.extra)['image'])
+        how = how or method.encode
         forward = _forward(how, *moments, parallel.rows(mesh))
         encode = functools.partial(forward, state.params, state.extra)
 
-    def batches(name: str) -> Iterator[dict[str, np.ndarray]]:
+    def pictures(source: data.Source, size: int, **share: int) -> Iterator[dict[str, np.ndarray]]:
         return pipeline.eval_batches(
-            parts.splits[name],
-            batch_size=config.batch_size,
+            source,
+            batch_size=size,
             image_size=d.image_size,
             bad=parts.bad,
             crop_fraction=d.crop_fraction,
             interpolation=d.crop.interpolation,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            **share,
         )
+
+    def batches(name: str) -> Iterator[dict[str, np.ndarray]]:
+        share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+        return pictures(parts.splits[name], config.batch_size, **share)
+
+    def images(name: str, rows: Sequence[int]) -> np.ndarray:
+        some = data.Subset(parts.splits[name], list(map(int, rows)))
+        return next(pictures(some, len(rows)))['image']
 
     def texts(texts: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         assert parts.tokenizer is not None
@@ -280,6 +291,8 @@ def encoder(
         mesh,
         texts=texts if parts.tokenizer and state is not None else None,
         captions=captions,
+        images=images,
+        tower=tower,
     )
 
 

@@ -70,7 +70,7 @@ def views_grid(
             _write(sheet, names[b], x, y + tall + 2, cell_w)
     buffer = io.BytesIO()
     sheet.save(buffer, 'PNG')
-    _save(buffer, path)
+    write(buffer.getvalue(), path)
 
 
 class Tile(NamedTuple):
@@ -131,7 +131,7 @@ def contact_sheet(
     buffer = io.BytesIO()
     sheet.save(buffer, 'PNG')
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    _save(buffer, path)
+    write(buffer.getvalue(), path)
 
 
 def _tile(sheet: Image.Image, image: np.ndarray | None, x: int, y: int, side: int) -> None:
@@ -222,7 +222,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: Any) -> None:
             _accuracy(axes[row, column], records, key, COLOURS[1 + row % (len(COLOURS) - 1)])
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png')
-    _save(buffer, path)
+    write(buffer.getvalue(), path)
 
 
 def _accuracies(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -277,9 +277,10 @@ def _series(
     return np.array(steps), np.array([found[s] for s in steps])
 
 
-def _save(buffer: io.BytesIO, path: Any) -> None:
-    """Whoever looks at the path sees the old picture or the new one, whole."""
+def write(png: bytes, path: Any) -> None:
+    """Writes a file and its folder; whoever looks sees the old picture or the new one, whole."""
     path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.tmp')
-    temporary.write_bytes(buffer.getvalue())
+    temporary.write_bytes(png)
     temporary.replace(path)

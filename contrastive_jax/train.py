@@ -100,8 +100,8 @@ def _train(
         state = parts.program.init()
         _overview(state, workdir)
         # The baselines: raw pixels and the untrained encoder.
-        values = _evaluate(config, parts, mesh, None)
-        values |= _evaluate(config, parts, mesh, state)
+        values = _evaluate(config, workdir, parts, mesh, None)
+        values |= _evaluate(config, workdir, parts, mesh, state)
         writer.write(0, values)
     elif start >= parts.program.total_steps:
         logging.info('%s is complete: %d steps', workdir, start)
@@ -146,7 +146,7 @@ def _train(
                 if step == 1:
                     _draw_views(config, workdir, parts, batch)
                 if evaluate:
-                    values = _evaluate(config, parts, mesh, state)
+                    values = _evaluate(config, workdir, parts, mesh, state)
                     writer.write(step, values)
                     _draw_curves(workdir)
                 if save or stopping:
@@ -217,22 +217,31 @@ def _evaluate_only(
     state = checkpoints.restore(parts.program.state)
     if state is None:
         raise UserError(f'--eval_only: there is no complete checkpoint in {workdir}/checkpoints.')
-    values = _evaluate(config, parts, mesh, state)
+    values = _evaluate(config, workdir, parts, mesh, state)
     writer.write(int(state.step), values)
     _summary(workdir, parts)
     return values
 
 
 def _evaluate(
-    config: Config, parts: Parts, mesh: jax.sharding.Mesh, state: TrainState | None
+    config: Config, workdir: str, parts: Parts, mesh: jax.sharding.Mesh, state: TrainState | None
 ) -> dict[str, float]:
-    """What every evaluator says of a state's encoder, or with None of the raw pixels."""
+    """What every evaluator says of a state's encoder, or with None of the raw pixels.
+
+    Pictures go to the workdir's `pictures/step_<n>/<evaluator>_<name>.png`, or `pictures/pixels`.
+    """
     encoder = encoding.encoder(config, parts, mesh, state)
     prefix = records.PIXELS if state is None else ''
+    folder = epath.Path(workdir) / 'pictures' / (prefix.strip('_') or f'step_{int(state.step)}')
     values: dict[str, float] = {}
     for name, evaluate in parts.evaluators.items():
         start = time.monotonic()
-        found = {f'eval/{name}/{prefix}{k}': v for k, v in evaluate(encoder)}
+        found: dict[str, float] = {}
+        for key, value in evaluate(encoder):
+            if not isinstance(value, bytes):
+                found[f'eval/{name}/{prefix}{key}'] = value
+            elif jax.process_index() == 0:
+                figures.write(value, folder / f'{name}_{key}.png')
         values |= found
         what = 'raw pixels' if state is None else f'step {int(state.step)}'
         said = '  '.join(f'{k} {v:.4g}' for k, v in found.items())

@@ -183,6 +183,7 @@ def vit_oracle(params, image, patch, heads, mask=None, factor=lambda block, bran
         x[i] = p['mask_token'][0, 0]
     x = x + vit.sincos2d(height // patch, wide // patch, width)
     x = np.concatenate([p['cls_token'][0], x])
+    tokens, attention = [], []
     for i in range(sum(k.startswith('block') for k in p)):
         b = p[f'block{i}']
         q, k, v = np.split(dense('qkv', norm('norm1', x, b), b['attention']), 3, axis=-1)
@@ -192,12 +193,14 @@ def vit_oracle(params, image, patch, heads, mask=None, factor=lambda block, bran
             at = slice(h * size, (h + 1) * size)
             score = np.exp(q[:, at] @ k[:, at].T / np.sqrt(size))
             mixed.append(score / score.sum(-1, keepdims=True) @ v[:, at])
+            attention.append(score[0, 1:] / score[0].sum())
         out = dense('out', np.concatenate(mixed, -1), b['attention'])
         x = x + factor(i, 0) * b.get('layer_scale1', 1.0) * out
         y = dense('mlp1', norm('norm2', x, b), b)
         y = y / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
         x = x + factor(i, 1) * b.get('layer_scale2', 1.0) * dense('mlp2', y, b)
-    return norm('norm', x)
+        tokens.append(norm('norm', x))
+    return tokens, np.stack(attention[-heads:])
 
 
 @pytest.mark.parametrize(('scale', 'frozen', 'masked'), [(None, False, False), (0.1, True, True)])
@@ -212,12 +215,21 @@ def test_vit_is_the_papers(scale, frozen, masked):
     assert sorted(stats) == ['patch_embedding'] * frozen
     (features, extra), new = apply(module, params, stats, x, True, **inputs)
     jax.tree.map(np.testing.assert_array_equal, new, stats)
+    assert extra.keys() == {'cls', 'patches'}
+    (_, evaluated), _ = apply(module, params, stats, x, False, **inputs)
+    close = partial(np.testing.assert_allclose, atol=1e-4)
     for i in range(2):
         image = np.asarray(x[i], np.float64)
-        want = vit_oracle({**params, **stats}, image, 4, 2, mask[i] if masked else None)
-        np.testing.assert_allclose(features[i], want[0], atol=1e-4)
-        np.testing.assert_allclose(extra['cls'][i], want[0], atol=1e-4)
-        np.testing.assert_allclose(extra['patches'][i], want[1:], atol=1e-4)
+        tokens, attention = vit_oracle(
+            {**params, **stats}, image, 4, 2, mask[i] if masked else None
+        )
+        close(features[i], tokens[1][0])
+        close(extra['cls'][i], tokens[1][0])
+        close(extra['patches'][i], tokens[1][1:])
+        close(evaluated['block0'][i], tokens[0][0])
+        close(evaluated['block1'][i], tokens[1][0])
+        close(evaluated['last4'][i], np.concatenate([tokens[0][0], tokens[1][0]]))
+        close(evaluated['attention'][i], attention)
 
 
 def test_vit_initialisation():
@@ -282,9 +294,12 @@ def test_drop_path_drops_branches_and_keeps_the_expectation():
     image = np.asarray(x[0], np.float64)
     combinations = np.array(list(np.ndindex(1, 1, 2, 2, 2, 2))).reshape(-1, 3, 2)
     combinations[:, 0] = 1  # the first block is never left out
+
+    def cls(factor=lambda block, branch: 1.0):
+        return vit_oracle(params, image, 4, 2, factor=factor)[0][-1][0]
+
     wants = np.stack([
-        vit_oracle(params, image, 4, 2, factor=lambda i, j, c=c: c[i, j] / (1 - rates[i, j]))[0]
-        for c in combinations
+        cls(lambda i, j, c=c: c[i, j] / (1 - rates[i, j])) for c in combinations
     ])  # fmt: skip
     many = jnp.repeat(x, batch, axis=0)
     (features, _), _ = apply(module, params, {}, many, True, key=jax.random.key(4))
@@ -297,7 +312,7 @@ def test_drop_path_drops_branches_and_keeps_the_expectation():
     assert np.abs(correlation).max() < 4 / np.sqrt(batch)
     # All of it in evaluation, whether there is a key or not; other keys draw otherwise.
     (plain, _), _ = apply(module, params, {}, x, False)
-    np.testing.assert_allclose(plain[0], vit_oracle(params, image, 4, 2)[0], atol=1e-4)
+    np.testing.assert_allclose(plain[0], cls(), atol=1e-4)
     (keyed, _), _ = apply(module, params, {}, x, False, key=jax.random.key(4))
     np.testing.assert_array_equal(keyed, plain)
     (other, _), _ = apply(module, params, {}, many, True, key=jax.random.key(5))

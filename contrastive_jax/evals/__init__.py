@@ -1,26 +1,28 @@
 """How good an encoder's features are: one evaluator a file, each `make(**options) -> evaluate`.
 
-`evaluate(encoder)` yields (name, value) pairs; accuracies are fractions in [0, 1]. An evaluator
-sees the encoder only through the features of whole splits, which are computed once for all of
-them. What both classifiers share is here: which rows are labelled, and which few of them a
-few-labels experiment may use.
+`evaluate(encoder)` yields (name, value) pairs; accuracies are fractions in [0, 1], and a picture is
+the bytes of a PNG file. Most evaluators see the encoder through the features of whole splits, which
+are computed once for all of them; those that draw see more of a few images; those that train it on
+have its weights. What both classifiers share is here: which rows are labelled, and which few of
+them a few-labels experiment may use.
 
 N: rows of a split (with padding), D: features, B: batch rows, n: rows of a subset.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from contrastive_jax import parallel
+from contrastive_jax import models, parallel
 from contrastive_jax.config import UserError
 
-Evaluate = Callable[['Encoder'], Iterator[tuple[str, float]]]
+Evaluate = Callable[['Encoder'], Iterator[tuple[str, float | bytes]]]
+PICTURES = 64  # that `Encoder.of` encodes at a time, about
 
 
 class Features(NamedTuple):
@@ -37,6 +39,14 @@ class Features(NamedTuple):
     label_N: np.ndarray
 
 
+class Tower(NamedTuple):
+    """An image encoder with its weights, for `models.apply`."""
+
+    module: models.Encoder
+    params: Any
+    stats: Any
+
+
 class Encoder:
     """An encoder and the data to try it on; computes each split's features once."""
 
@@ -50,6 +60,8 @@ class Encoder:
         *,
         texts: Callable[[Sequence[str]], Iterator[dict[str, np.ndarray]]] | None = None,
         captions: Callable[[str], list[list[str]] | None] = lambda split: None,
+        images: Callable[[str, Sequence[int]], np.ndarray] | None = None,
+        tower: Tower | None = None,
     ):
         """
         Args:
@@ -65,10 +77,14 @@ class Encoder:
                 encoder reads no text.
             captions: `(split) ->` the captions of every record, none for a bad one; None where the
                 data has none.
+            images: `(split, rows) ->` those records as the encoder is given them, [n, H, W, 3]
+                uint8, the same on every process; zeros for a bad one.
+            tower: None: there is none, as of raw pixels.
         """
         self.splits, self.classes, self.mesh = tuple(splits), list(classes), mesh
         self._encode, self._batches = encode, batches
         self._texts, self.captions, self.reads_text = texts, captions, texts is not None
+        self._images, self.tower = images, tower
         self._features: dict[tuple[str, str], Features] = {}
 
     def features(self, split: str, name: str = 'features') -> Features:
@@ -87,7 +103,44 @@ class Encoder:
         assert self._texts is not None, 'the encoder reads no text'
         return self._compute(self._texts(texts), 'embedding').x_ND
 
+    def images(self, split: str, rows: Sequence[int]) -> np.ndarray:
+        """Records as the encoder is given them, [n, H, W, 3] uint8; zeros for a bad one."""
+        assert self._images is not None, 'the encoder was made without images'
+        return self._images(split, rows)
+
+    def of(self, images_nHWC: np.ndarray, name: str) -> np.ndarray:
+        """Any output of given images, [n, ...] float32: 'patches', 'attention', ...
+
+        Args:
+            images_nHWC: uint8, the same on every process.
+            name: an output that the method's `encode` gives of images.
+
+        Raises:
+            KeyError: no such output.
+        """
+        processes = jax.process_count()
+        local = max(1, PICTURES // self.mesh.size) * self.mesh.size // processes
+
+        def batches() -> Iterator[dict[str, np.ndarray]]:
+            for start in range(0, len(images_nHWC), local * processes):
+                mine = start + jax.process_index() * local
+                image = images_nHWC[mine : mine + local]
+                padding = local - len(image)
+                yield {
+                    'image': np.pad(image, ((0, padding), (0, 0), (0, 0), (0, 0))),
+                    'label': np.full(local, -1, np.int32),
+                    'mask': np.ones(local, np.float32),
+                }
+
+        return self._rows(batches(), name)[0][: len(images_nHWC)]
+
     def _compute(self, batches: Iterator[dict[str, np.ndarray]], name: str) -> Features:
+        return put(self.mesh, *self._rows(batches, name))
+
+    def _rows(
+        self, batches: Iterator[dict[str, np.ndarray]], name: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """An output of all batches and their labels, on the host."""
         x, label = [], []
         waiting: list[tuple[jax.Array, ...]] = []
 
@@ -99,7 +152,7 @@ class Encoder:
             # A row that does not count must not poison statistics either, whatever the encoder
             # made of its black pixels.
             counts_B = mask_B > 0
-            x[-1] = np.where(counts_B[:, None], x[-1], 0)
+            x[-1][~counts_B] = 0
             label.append(np.where(counts_B, label_B, -1).astype(np.int32))
 
         for numpy_batch in batches:
@@ -114,7 +167,7 @@ class Encoder:
                 collect()
         while waiting:
             collect()
-        return put(self.mesh, np.concatenate(x), np.concatenate(label))
+        return np.concatenate(x), np.concatenate(label)
 
     def labelled(self) -> Features:
         """All rows that a classifier may learn from: 'train', and 'validation' if there is one."""

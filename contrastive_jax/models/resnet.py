@@ -212,6 +212,7 @@ class ResNet(nn.Module):
             x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # 0: no more than a ReLU's outputs
             x = nn.max_pool(x, (3, 3), strides=(2, 2))
         block = nn.remat(Block, static_argnums=2) if self.remat else Block
+        stages: list[jax.Array] = []
         for stage, (width, count) in enumerate(zip(self.widths, self.blocks, strict=True), 1):
             for i in range(count):
                 x = block(
@@ -222,9 +223,11 @@ class ResNet(nn.Module):
                     dtype=self.dtype,
                     name=f'stage{stage}_block{i}',
                 )(x, train)
+            stages.append(x)
         x = x.astype(jnp.float32)
         pooled = AttentionPool(name='pool')(x) if self.pool == 'attention' else x.mean(axis=(1, 2))
-        return pooled, {'map': x}
+        maps = [] if train else [y.astype(jnp.float32) for y in stages[:-1]]
+        return pooled, {**{f'stage{i}': y for i, y in enumerate(maps, 1)}, 'map': x}
 
 
 def make(
@@ -242,7 +245,8 @@ def make(
     """A ResNet without its classifier.
 
     Called as `module(x_BHWC, train)`, it returns the globally pooled features [B, D] and
-    `{'map': [B, h, w, D]}`, float32. D is the last width, times 4 with bottleneck blocks. With
+    `{'map': [B, h, w, D]}`, float32; D is the last width, times 4 with bottleneck blocks. With
+    train=False there are also the maps after the other stages, 'stage1', 'stage2', ... With
     train=True BatchNorm takes its statistics over the whole batch that the module is called on:
     the global batch under jit, however the batch is sharded. Running averages have momentum 0.9
     (torch calls it 0.1).

@@ -50,7 +50,8 @@ class Transformer(nn.Module):
         x = rearrange(x.astype(self.dtype), 'B T D -> (B T) D')
         block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
         for i in range(self.depth):
-            x = block(self.heads, self.hidden, self.dtype, name=f'block{i}')(x, batch, train, seen)
+            layer = block(self.heads, self.hidden, self.dtype, name=f'block{i}')
+            x, _ = layer(x, batch, train, seen)
         x = nn.LayerNorm(dtype=jnp.float32, name='norm')(x)
         x = rearrange(x, '(B T) D -> B T D', B=batch)
 

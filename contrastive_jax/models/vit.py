@@ -56,6 +56,7 @@ def sincos2d(rows: int, columns: int, width: int, temperature: float = 10000.0) 
 class Attention(nn.Module):
     """Multi-head self-attention of tokens that are flattened to [B T, D]; softmax in float32.
 
+    Returns them and the softmax's weights [B, K, T, T], of each token (third axis) over all.
     `seen`, bool [B, T, T] or [1, T, T], says which tokens (last axis) each one sees; None: all.
     """
 
@@ -63,7 +64,9 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, batch: int, seen: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, batch: int, seen: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         width = x.shape[-1]
         qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=xavier_qkv, name='qkv')(x)
         q, k, v = rearrange(
@@ -76,14 +79,15 @@ class Attention(nn.Module):
             scores = jnp.where(seen[:, None], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         x = rearrange(jnp.einsum('BKTS,BKSF->BKTF', weights, v), 'B K T F -> (B T) (K F)')
-        return nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name='out')(x)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name='out')(x), weights
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)), on tokens that are flattened to [B T, D].
 
     Each branch is scaled per channel (layer_scale, its initial value) and, in training, left out
-    for a share drop_path of the images; both as in `make`.
+    for a share drop_path of the images; both as in `make`. Returns the tokens and, but in training,
+    the attention's weights.
     """
 
     heads: int
@@ -95,16 +99,16 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, batch: int, train: bool = False, seen: jax.Array | None = None
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array | None]:
         y = nn.LayerNorm(dtype=self.dtype, name='norm1')(x)
-        y = Attention(self.heads, self.dtype, name='attention')(y, batch, seen)
+        y, weights = Attention(self.heads, self.dtype, name='attention')(y, batch, seen)
         x = x + self._branch('layer_scale1', y, batch, train)
         y = nn.LayerNorm(dtype=self.dtype, name='norm2')(x)
         y = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, name='mlp1')(y)
         # Paper: exact GELU; here: its tanh form, because exact takes twice as long on a CPU.
         y = nn.gelu(y, approximate=True)
         y = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name='mlp2')(y)
-        return x + self._branch('layer_scale2', y, batch, train)
+        return x + self._branch('layer_scale2', y, batch, train), None if train else weights
 
     def _branch(self, name: str, y: jax.Array, batch: int, train: bool) -> jax.Array:
         """What is added to the residual stream of a branch's output."""
@@ -169,16 +173,30 @@ class ViT(nn.Module):
         # One matrix [B T, D] from here on: XLA on CPU takes half the time over 2-D products.
         x = rearrange(x, 'B T D -> (B T) D')
         block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
+        blocks: list[jax.Array] = []
+        weights = None
         for i, drop in enumerate(np.linspace(0.0, self.drop_path, self.depth).tolist()):
-            x = block(
+            x, weights = block(
                 self.heads, self.hidden, self.dtype, drop, self.layer_scale, name=f'block{i}'
             )(x, batch, train)
-        x = nn.LayerNorm(dtype=jnp.float32, name='norm')(x)
-        x = rearrange(x, '(B T) D -> B T D', B=batch)
+            blocks.append(x)
+        norm = nn.LayerNorm(dtype=jnp.float32, name='norm')
 
-        if has_cls:
-            return x[:, 0], {'cls': x[:, 0], 'patches': x[:, 1:]}
-        return x.mean(axis=1), {'patches': x}
+        def tokens(x: jax.Array) -> jax.Array:
+            return rearrange(norm(x), '(B T) D -> B T D', B=batch)
+
+        def pool(x_BTD: jax.Array) -> jax.Array:
+            return x_BTD[:, 0] if has_cls else x_BTD.mean(axis=1)
+
+        x = tokens(x)
+        named = {'cls': x[:, 0], 'patches': x[:, 1:]} if has_cls else {'patches': x}
+        if weights is not None:
+            pooled = [pool(tokens(y)) for y in blocks[:-1]] + [pool(x)]
+            named |= {f'block{i}': y for i, y in enumerate(pooled)}
+            named['last4'] = jnp.concatenate(pooled[-4:], axis=1)
+            weights = weights.astype(jnp.float32)
+            named['attention'] = weights[:, :, 0, 1:] if has_cls else weights.mean(axis=2)
+        return pool(x), named
 
     def _embed(self, x: jax.Array) -> jax.Array:
         """The patch projection, [B N, P P C] -> [B N, D]."""
@@ -256,9 +274,14 @@ def make(
     """A ViT for images whose height and width are multiples of `patch`, square or not.
 
     Called as `module(x_BHWC, train, mask)`, it returns features [B, D] after the final LayerNorm
-    and `{'patches': [B, N, D]}`, with `'cls': [B, D]` too if pool is 'cls'; all float32. A mask,
-    bool [B, N], is optional: where it is True a learned token, which starts at zero, takes the
-    place of the patch, before positions are added (BEiT, Bao et al. 2022, arXiv:2106.08254;
+    and `{'patches': [B, N, D]}`, with `'cls': [B, D]` too if pool is 'cls'; all float32. With
+    train=False there are also 'block0', 'block1', ... [B, D], what is pooled after each block and
+    the final LayerNorm; 'last4' [B, 4 D], those of the last four blocks (DINO's linear probe); and
+    'attention' [B, K, N], the weights that the patches get in each head of the last block, from
+    CLS, or without one on the average of the patches.
+
+    A mask, bool [B, N], is optional: where it is True a learned token, which starts at zero, takes
+    the place of the patch, before positions are added (BEiT, Bao et al. 2022, arXiv:2106.08254;
     DINOv2, Oquab et al. 2024, arXiv:2304.07193). Only a module that is given one at
     initialisation has the token.
 
