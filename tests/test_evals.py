@@ -64,6 +64,18 @@ def encoder(splits, devices=1, batch=48, classes=CLASSES, calls=None) -> evals.E
 
 
 @pytest.mark.parametrize('devices', [1, 8])
+def test_any_output_of_given_images(devices):
+    images = np.random.default_rng(0).integers(0, 256, (70, 4, 4, 3)).astype(np.uint8)
+    mesh = parallel.make_mesh(jax.devices()[:devices])
+    encode = jax.jit(lambda batch, name: {'halves': batch['image'].reshape(-1, 2, 24) / 2}[name],
+                     static_argnums=1)  # fmt: skip
+    e = evals.Encoder(encode, ('test',), [], lambda split: iter(()), mesh)
+    np.testing.assert_array_equal(e.of(images, 'halves'), images.reshape(70, 2, 24) / np.float32(2))
+    with pytest.raises(KeyError, match='quarters'):
+        e.of(images, 'quarters')
+
+
+@pytest.mark.parametrize('devices', [1, 8])
 def test_features_are_whole_in_order_and_computed_once(devices):
     x, label = blobs(0, 100)
     calls = []
