@@ -33,16 +33,41 @@ CASES = {
     'configs/dino.py:imagenet': ('v5e:4x8', 'h100:4x8'),
     'configs/dinov2.py:imagenet': ('v5e:8x8', 'h100:4x8'),
     'configs/metric_learning.py:imagenet': ('h100:8',),
+    'configs/moco.py:imagenet_v1': ('h100:8',),
+    'configs/moco_v3.py:imagenet_resnet': ('v5e:4x8',),
+    'configs/clip_vit.py:openai': ('v5e:8x8', 'h100:4x8'),
+    'configs/siglip_vit.py:webli': ('v5e:8x8', 'h100:4x8'),
+    **{
+        f'configs/{name}_vit.py:{preset}': slices
+        for name in ('clip', 'siglip')
+        for preset, slices in {'webdataset': ('h100:8',), 'captions': ('h100:1',)}.items()
+    },
+    **{
+        f'configs/{name}.py:{preset}': ('h100:1',)
+        for name in (
+            *('moco', 'moco_v3', 'nnclr', 'pcl', 'sup_con', 'simsiam', 'byol', 'swav'),
+            *('barlow_twins', 'vicreg', 'dino', 'dinov2', 'metric_learning'),
+        )
+        for preset in ('cifar10', 'folder')
+    },
 }
-FOLDER = 100_000  # pictures that a folder is taken to have
+# Pictures that a source without a size of its own is taken to have: a folder, CC3M, LAION-400M, and
+# WebLI's for SigLIP's 9 billion examples.
+IMAGES = {
+    'folder': 100_000,
+    'captions': 100_000,
+    'webdataset': 3_000_000,
+    'openai': 400_000_000,
+    'webli': 9_000_000_000,
+}
 GiB = 2**30
 
 
 def planned(config: str, topology: str) -> dict:
     command = [sys.executable, '-m', 'contrastive_jax.plan', '--json']
     command += [f'--config={config}', f'--topology={topology}']
-    if config.endswith(':folder'):
-        command += [f'--images={FOLDER}']
+    if images := IMAGES.get(config.partition(':')[2]):
+        command += [f'--images={images}']
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return {'config': config, **json.loads(out.stdout.splitlines()[-1])}
 
