@@ -31,12 +31,17 @@ def scatter(x_N2: np.ndarray, label_N: np.ndarray, names: Sequence[str], title: 
     from matplotlib.lines import Line2D
 
     there = [int(c) for c in np.unique(label_N) if c >= 0]
-    figure = Figure(figsize=(9.2 if there else 7.2, 6.6), dpi=120, layout='constrained')
+    figure = Figure(figsize=(8.4 if there else 6.6, 6.8), dpi=120, layout='constrained')
     axis = figure.subplots()
     axis.set_title(title, loc='left', fontsize=10.5, color=INK)
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_aspect('equal', adjustable='datalim')
+    axis.set_aspect('equal')
+    # A square about all points.
+    middle_2 = (x_N2.max(0) + x_N2.min(0)) / 2
+    reach = 0.53 * float(np.ptp(x_N2, axis=0).max()) or 1.0
+    axis.set_xlim(middle_2[0] - reach, middle_2[0] + reach)
+    axis.set_ylim(middle_2[1] - reach, middle_2[1] + reach)
     for spine in axis.spines.values():
         spine.set_color(FAINT)
     size = float(np.clip(9000 / max(len(x_N2), 1), 6, 28))
@@ -80,9 +85,9 @@ def confusion(counts_CC: np.ndarray, names: Sequence[str], title: str) -> bytes:
     C = len(counts_CC)
     named = C <= NAMED
     share_CC = counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
-    side = 3.2 + 0.42 * C if named else 8.0
-    figure = Figure(figsize=(side + 3.4, side), dpi=120, layout='constrained')
-    axis, beside = figure.subplots(1, 2, width_ratios=(side, 3.4))
+    side = 2.2 + 0.4 * C if named else 7.5
+    figure = Figure(figsize=(side + 3.2, side), dpi=120, layout='compressed')
+    axis, beside = figure.subplots(1, 2, width_ratios=(side, 3.0))
     colours = LinearSegmentedColormap.from_list('counts', ['#ffffff', COLOURS[0]])
     # In large matrices mistakes are rare in each cell: the root lets them be seen.
     axis.imshow(share_CC if named else np.sqrt(share_CC), cmap=colours, vmin=0, vmax=1)
@@ -120,14 +125,28 @@ def _mistakes(axis: Any, counts_CC: np.ndarray, names: Sequence[str], most: int 
     axis.axis('off')
     wrong_CC = counts_CC - np.diag(np.diag(counts_CC))
     order = np.argsort(-wrong_CC, axis=None, kind='stable')[:most]
-    lines = []
-    for i, j in (divmod(int(place), len(names)) for place in order):
-        if wrong_CC[i, j]:
-            lines.append(f'{wrong_CC[i, j]:4d}  {short(names[i])} → {short(names[j])}')
-    text = '\n'.join(lines) or 'none'
-    style: dict[str, Any] = {'va': 'top', 'transform': axis.transAxes, 'parse_math': False}
-    axis.text(0, 1, 'most frequent mistakes', color=GREY, fontsize=9, **style)
-    axis.text(0, 0.95, text, color=INK, fontsize=9, linespacing=1.6, **style)
+    pairs = [divmod(int(place), len(names)) for place in order]
+    pairs = [(i, j) for i, j in pairs if wrong_CC[i, j]]
+
+    def write(text: str, right: float, row: float, **style: Any) -> None:
+        """Text at a place in points from the corner."""
+        axis.annotate(
+            text,
+            (0, 1),
+            xycoords='axes fraction',
+            xytext=(right, -9 - 15 * row),
+            textcoords='offset points',
+            fontsize=9,
+            parse_math=False,
+            **style,
+        )
+
+    write('most frequent mistakes', 0, 0, color=GREY)
+    if not pairs:
+        write('none', 0, 1.4, color=INK)
+    for row, (i, j) in enumerate(pairs):
+        write(str(wrong_CC[i, j]), 22, row + 1.4, color=GREY, ha='right')
+        write(f'{short(names[i])} → {short(names[j])}', 32, row + 1.4, color=INK)
 
 
 def short(name: str) -> str:

@@ -60,13 +60,20 @@ def _colour(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
 
 
-def _label(runs: Sequence[Run], i: int) -> Html:
-    """A run's name, with its colour where there are several."""
-    swatch = tag('i', class_='swatch', style=f'background:{_colour(i)}') if len(runs) > 1 else ''
-    return join(swatch, ' ' if swatch else '', runs[i].name)
+def _label(runs: Sequence[Run], i: int, more: str = '') -> Html:
+    """What is of which run: its name and colour where there are several, and something more."""
+    if len(runs) == 1:
+        return join(more)
+    swatch = tag('i', class_='swatch', style=f'background:{_colour(i)}')
+    return join(swatch, ' ', ', '.join(filter(None, [runs[i].name, more])))
 
 
-def _table(head: Iterable[Any], rows: Iterable[Iterable[Any]], class_: str = '') -> Html:
+def _heads(runs: Sequence[Run]) -> list[Html]:
+    """The head of a table with a column for every run; one run needs none."""
+    return [Html(), *(_label(runs, i) for i in range(len(runs)))] if len(runs) > 1 else []
+
+
+def _table(head: Sequence[Any], rows: Iterable[Iterable[Any]], class_: str = '') -> Html:
     """A table whose first column names the rows; cells that are <td> or <th> already stay."""
 
     def cell(content: Any, name: str) -> Html:
@@ -74,7 +81,7 @@ def _table(head: Iterable[Any], rows: Iterable[Iterable[Any]], class_: str = '')
         return Html(content) if ready else tag(name, content)
 
     body = [tag('tr', (cell(c, 'td' if i else 'th') for i, c in enumerate(row))) for row in rows]
-    top = tag('thead', tag('tr', (cell(c, 'th') for c in head)))
+    top = tag('thead', tag('tr', (cell(c, 'th') for c in head))) if head else None
     return tag('div', tag('table', top, tag('tbody', body), class_=class_ or None), class_='wide')
 
 
@@ -92,9 +99,8 @@ def _summary(runs: Sequence[Run]) -> Html:
         'Devices': _devices,
     }
     if len(runs) > 1:
-        head = ['', *(_label(runs, i) for i in range(len(runs)))]
         rows = [[name, *(fact(run) or '–' for run in runs)] for name, fact in facts.items()]
-        return _table(head, rows, 'facts')
+        return _table(_heads(runs), rows, 'facts')
     found = {name: fact(runs[0]) for name, fact in facts.items()}
     pairs = [
         tag('div', tag('dt', name), tag('dd', value)) for name, value in found.items() if value
@@ -276,13 +282,13 @@ def _pictures(runs: Sequence[Run]) -> Html | None:
         evaluator, _, what = key.partition('_')
         parts.append(tag('h3', f'{evaluator}: {what.replace("_", " ")}' if what else evaluator))
         drawn = [
-            (join(_label(runs, i), f', {run.newest.replace("_", " ")}'), png)
+            (_label(runs, i, run.newest.replace('_', ' ')), png)
             for i, run in enumerate(runs)
             if (png := run.pictures.get(run.newest, {}).get(key))
         ]
         parts.append(_side_by_side(drawn))
         before = [
-            (join(_label(runs, i), f', {name}'), png)
+            (_label(runs, i, name), png)
             for folder, name in BEFORE.items()
             for i, run in enumerate(runs)
             if folder != run.newest and (png := run.pictures.get(folder, {}).get(key))
@@ -300,7 +306,7 @@ def _side_by_side(drawn: Sequence[tuple[Html, bytes]]) -> Html:
         wide, high = struct.unpack('>II', png[16:24]) if len(png) > 24 else (None, None)
         alt = re.sub('<[^>]*>', '', caption)
         image = tag('img', src=data, width=wide, height=high, alt=Html(alt))
-        figures.append(tag('figure', image, tag('figcaption', caption)))
+        figures.append(tag('figure', image, tag('figcaption', caption) if caption else None))
     return tag('div', figures, class_='pictures')
 
 
@@ -315,9 +321,8 @@ def _configuration(runs: Sequence[Run]) -> Html:
     for key in keys:
         if any(key not in base or run.config.get(key) != base[key] for run in runs):
             groups.setdefault(key.partition('.')[0] if '.' in key else 'run', []).append(key)
-    head = ['', *(_label(runs, i) for i in range(len(runs)))] if len(runs) > 1 else None
     tables = [
-        tag('div', tag('h3', name), _settings(runs, of_group, said, base, head), class_='group')
+        tag('div', tag('h3', name), _settings(runs, of_group, said, base), class_='group')
         for name, of_group in groups.items()
     ]
     left = [key for key in keys if not any(key in of_group for of_group in groups.values())]
@@ -337,7 +342,6 @@ def _settings(
     keys: Sequence[str],
     said: Sequence[set[str]],
     base: dict[str, Any],
-    head: list[Any] | None,
 ) -> Html:
     rows = []
     for key in keys:
@@ -351,7 +355,7 @@ def _settings(
             shown = _code(value) if key in run.config else '–'
             cells.append(tag('td', shown, class_=' '.join(classes) or None, title=default))
         rows.append([key.partition('.')[2] or key, *cells])
-    return _table(head or [], rows)
+    return _table(_heads(runs), rows)
 
 
 def _said(run: Run) -> set[str]:
@@ -384,8 +388,7 @@ def _data(runs: Sequence[Run]) -> Html:
         rows.append([f'{name} records', *('–' if n is None else f'{n:,}' for n in counts)])
     rows.append(['classes', *(_classes(data.get('classes')) for data in of_runs)])
     rows.append(['bad records', *(_bad(run) for run in runs)])
-    head = ['', *(_label(runs, i) for i in range(len(runs)))] if len(runs) > 1 else []
-    return _table(head, rows, 'facts')
+    return _table(_heads(runs), rows, 'facts')
 
 
 def _classes(names: Sequence[str] | None) -> Any:
@@ -424,5 +427,4 @@ def _environment(runs: Sequence[Run]) -> Html:
         row('python', lambda s: s['python']),
         *(row(name, lambda s, name=name: s['packages'].get(name)) for name in packages),
     ]
-    head = ['', *(_label(runs, i) for i in range(len(runs)))] if len(runs) > 1 else []
-    return _table(head, rows, 'facts')
+    return _table(_heads(runs), rows, 'facts')
