@@ -127,7 +127,7 @@ def test_one_run(tmp_path):
     given = re.findall(r'<td class="said">(.*?)</td>', text)
     assert given == ['<code>0.1</code>']
     # Named without options, and yet there; defaults are apart.
-    assert ['tsne', '<code></code>'] in rows
+    assert ['tsne', '<small>no options</small>'] in rows
     before, _, defaults = text.partition('keys at their defaults')
     assert '<th>temperature</th>' in before
     assert '<th>accumulate</th>' in defaults

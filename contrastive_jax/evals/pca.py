@@ -24,7 +24,8 @@ def make(count: int = 16, foreground: bool = True) -> evals.Evaluate:
         count: images, from 1.
         foreground: whether to find it first, by the sign of the first component, and then the
             components of its patches alone; the rest is dark. Paper: nothing is said of which sign
-            it is; here: the one that the patches at the images' borders have less of.
+            it is; here: the one that the patches at the images' borders have less of. Not of
+            fewer than 3 × 3 patches, which are all at the border.
 
     Returns:
         `evaluate(encoder)`, which yields the picture 'patches'. Nothing of raw pixels.
@@ -79,7 +80,8 @@ def colours(x_nhwD: np.ndarray, foreground: bool) -> np.ndarray:
     shape, D = x_nhwD.shape[:3], x_nhwD.shape[3]
     x_PD = x_nhwD.reshape(-1, D).astype(np.float64)
     kept_P = np.ones(len(x_PD), bool)
-    if foreground:
+    # A map of two rows is all border.
+    if foreground and min(shape[1:]) > 2:
         first_P = components(x_PD, 1)[:, 0]
         border = np.zeros(shape, bool)
         border[:, [0, -1]] = border[:, :, [0, -1]] = True

@@ -18,6 +18,7 @@ from contrastive_jax.report.markup import Html, join, tag
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 LISTED = 40  # classes and bad records that are shown
+_ABSENT = object()
 BEFORE = {'pixels': 'raw pixels', 'step_0': 'untrained'}
 
 
@@ -316,46 +317,48 @@ def _side_by_side(drawn: Sequence[tuple[Html, bytes]]) -> Html:
 def _configuration(runs: Sequence[Run]) -> Html:
     base = checkpoint.defaults()
     keys = dict.fromkeys(key for run in runs for key in run.config)
+    # 'evals.tsne' without options in one run is not worth a row where another has some.
+    keys = [key for key in keys if not any(other.startswith(f'{key}.') for other in keys)]
     said = [_said(run) for run in runs]
     groups: dict[str, list[str]] = {}
     for key in keys:
         if any(key not in base or run.config.get(key) != base[key] for run in runs):
             groups.setdefault(key.partition('.')[0] if '.' in key else 'run', []).append(key)
     tables = [
-        tag('div', tag('h3', name), _settings(runs, of_group, said, base), class_='group')
+        (name, [_setting(runs, key, said, base) for key in of_group])
         for name, of_group in groups.items()
     ]
+    if len(runs) == 1:
+        parts = [tag('div', tag('h3', name), _table([], rows)) for name, rows in tables]
+        settings = tag('div', parts, class_='settings')
+    else:
+        rows = []
+        for name, of_group in tables:
+            rows += [[tag('th', name, colspan=len(runs) + 1, class_='group')], *of_group]
+        settings = _table(_heads(runs), rows)
     left = [key for key in keys if not any(key in of_group for of_group in groups.values())]
-    rows = [[key, *(_code(run.config.get(key)) for run in runs)] for key in left]
+    rows = [[key, *(_code(run.config.get(key, _ABSENT)) for run in runs)] for key in left]
     marks = [tag('span', 'set on the command line', class_='said')]
     if len(runs) > 1:
         marks.append(tag('span', 'differs between the runs', class_='differs'))
     return join(
         tag('p', 'What the recipe sets, or sets otherwise than by default. ', marks),
-        tag('div', tables, class_='settings' if len(runs) == 1 else None),
+        settings,
         tag('details', tag('summary', f'{len(left)} keys at their defaults'), _table([], rows)),
     )
 
 
-def _settings(
-    runs: Sequence[Run],
-    keys: Sequence[str],
-    said: Sequence[set[str]],
-    base: dict[str, Any],
-) -> Html:
-    rows = []
-    for key in keys:
-        values = [run.config.get(key) for run in runs]
-        differs = any(v != values[0] or (key in run.config) != (key in runs[0].config)
-                      for v, run in zip(values, runs, strict=True))  # fmt: skip
-        cells = []
-        for run, value, given in zip(runs, values, said, strict=True):
-            classes = ['said'] * (key in given) + ['differs'] * differs
-            default = f'default: {_plain(base[key])}' if key in base else None
-            shown = _code(value) if key in run.config else '–'
-            cells.append(tag('td', shown, class_=' '.join(classes) or None, title=default))
-        rows.append([key.partition('.')[2] or key, *cells])
-    return _table(_heads(runs), rows)
+def _setting(
+    runs: Sequence[Run], key: str, said: Sequence[set[str]], base: dict[str, Any]
+) -> list[Any]:
+    """A row: the key, and its value in each run."""
+    values = [run.config.get(key, _ABSENT) for run in runs]
+    cells = []
+    for value, given in zip(values, said, strict=True):
+        marked = ['said'] * (key in given) + ['differs'] * any(v != values[0] for v in values)
+        default = f'default: {_plain(base[key])}' if key in base else None
+        cells.append(tag('td', _code(value), class_=' '.join(marked) or None, title=default))
+    return [key.partition('.')[2] or key, *cells]
 
 
 def _said(run: Run) -> set[str]:
@@ -372,7 +375,9 @@ def _plain(value: Any) -> str:
 
 
 def _code(value: Any) -> Html:
-    return tag('code', '' if value in ({}, None) else _plain(value))
+    if value is _ABSENT:
+        return Html('–')
+    return tag('small', 'no options') if value == {} else tag('code', _plain(value))
 
 
 # --- Data and environment ------------------------------------------------------------------------
@@ -382,7 +387,8 @@ def _data(runs: Sequence[Run]) -> Html:
     of_runs = [run.environment.get('data', {}) for run in runs]
     splits = dict.fromkeys(name for data in of_runs for name in data.get('splits', ()))
     rows: list[list[Any]] = [['source', *(run.config['data.source'] for run in runs)]]
-    rows.append(['directory', *(run.config['data.root'] or '–' for run in runs)])
+    if any(run.config['data.root'] for run in runs):
+        rows.append(['directory', *(run.config['data.root'] or '–' for run in runs)])
     for name in splits:
         counts = [data.get('splits', {}).get(name) for data in of_runs]
         rows.append([f'{name} records', *('–' if n is None else f'{n:,}' for n in counts)])
