@@ -414,6 +414,11 @@ def _bad(run: Run) -> Any:
     return tag('details', tag('summary', f'{len(run.bad):,}'), _table([], rows), more)
 
 
+def _command(words: Sequence[str]) -> Html:
+    # Broken between words, so that none seems to begin with '--' that does not.
+    return tag('code', ([tag('span', shlex.quote(word)), ' '] for word in words), class_='command')
+
+
 def _environment(runs: Sequence[Run]) -> Html:
     starts = [run.environment.get('starts', []) for run in runs]
     newest = [of_run[-1] if of_run else {} for of_run in starts]
@@ -424,7 +429,7 @@ def _environment(runs: Sequence[Run]) -> Html:
 
     rows: list[list[Any]] = [['workdir', *(tag('code', run.workdir) for run in runs)]]
     rows += [
-        row('command', lambda s: tag('code', shlex.join(s['command']))),
+        row('command', lambda s: _command(s['command'])),
         ['started', *(', '.join(s['time'] for s in of_run) or 'not recorded' for of_run in starts)],
         row('devices', lambda s: ', '.join(f'{n} × {kind}' for kind, n in s['devices'].items())),
         row('processes', lambda s: s['processes']),
