@@ -19,7 +19,7 @@ from contrastive_jax.figures import plots, sheets
 PATCH = 16
 H, W = 32, 48  # 2 × 3 patches
 TOWER = evals.Tower(models.Microbatched(None, 1), {}, {})  # pyright: ignore[reportArgumentType]
-SIDE, MARGIN, APART, GAP, HEADING = 112, 22, 16, 8, 22  # of `sheets.tile_rows`
+SIDE, MARGIN, APART, GAP, HEADING = 96, 22, 16, 8, 22  # of `sheets.tile_rows`
 
 
 def patch_means(image_BHWC):
@@ -96,7 +96,7 @@ def tile(sheet, row, column, headings=True, captions=False):
     x = MARGIN + column * (SIDE + GAP) + (APART if column else 0)
     y = MARGIN + HEADING * headings + row * (SIDE + (44 if captions else GAP))
     # 48 × 32 pixels, enlarged by 2, in the middle of a square.
-    return sheet[y + 24 : y + 88, x + 8 : x + 104]
+    return sheet[y + 16 : y + 80, x : x + 96]
 
 
 def in_patches(picture):

@@ -33,8 +33,7 @@ def views_grid(
     views = uint8(views_BVHWC[:count])
     local = views[:, :0] if local_BLHWC is None else uint8(local_BLHWC[:count])
     (B, V, H, W, _), (_, L, h, w, _) = views.shape, local.shape
-    # Small images are enlarged by whole pixels, large ones shrunk.
-    scale = max(1, round(SIDE / max(H, W))) if max(H, W) <= 1.5 * SIDE else SIDE / max(H, W)
+    scale = _scale(H, W)
     width, height, small_w, small_h = (max(1, round(n * scale)) for n in (W, H, w, h))
     gap, margin, caption = 4, 18, 16 if names is not None else 0
     # As many rows of local views as are about as high as a view.
@@ -118,16 +117,21 @@ def contact_sheet(
     return png(sheet)
 
 
-def tile_rows(
-    rows: Sequence[Sequence[Tile]], headings: Sequence[str] = (), side: int = 112
-) -> bytes:
+def _scale(height: int, width: int) -> float:
+    """To a longer side of about SIDE: small images are enlarged by whole pixels."""
+    longer = max(height, width)
+    return max(1, round(SIDE / longer)) if longer <= 1.5 * SIDE else SIDE / longer
+
+
+def tile_rows(rows: Sequence[Sequence[Tile]], headings: Sequence[str] = ()) -> bytes:
     """Draws rows of tiles, the first of each apart from the others.
 
     Args:
-        rows: tiles; rows may differ in length.
+        rows: tiles whose pictures have one size; rows may differ in length.
         headings: of the columns.
-        side: pixels of a tile.
     """
+    height, width = next(t.image.shape[:2] for row in rows for t in row if t.image is not None)
+    side = round(_scale(height, width) * max(height, width))
     margin, gap, apart = 22, 8, 16
     captions = any(tile.label or tile.name for row in rows for tile in row)
     pitch, top = side + (44 if captions else gap), margin + (22 if headings else 0)
