@@ -158,7 +158,7 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any], must_exist: boo
     if not must_exist and not (epath.Path(workdir) / CONFIG).exists():
         return
     # Keys that a run is older than had the effect of their defaults.
-    theirs = flatten(json.loads(json.dumps(base().to_dict()))) | flatten(read(workdir))
+    theirs = defaults() | flatten(read(workdir))
     ours = flatten(json.loads(json.dumps(dict(config))))
     differing = [
         f'  config.{key}: there {theirs.get(key, "(not set)")!r}, '
@@ -187,6 +187,11 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f'{path}: not JSON ({error}); is this a workdir of ours?') from error
+
+
+def defaults() -> dict[str, Any]:
+    """Every key that no recipe needs to set, flat, with its value as JSON has it."""
+    return flatten(json.loads(json.dumps(base().to_dict())))
 
 
 def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:

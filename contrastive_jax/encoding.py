@@ -292,6 +292,7 @@ def encoder(
         texts=texts if parts.tokenizer and state is not None else None,
         captions=captions,
         images=images,
+        sizes={name: len(source) for name, source in parts.splits.items()},
         tower=tower,
     )
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from contrastive_jax.config import UserError
 
 FILE = 'metrics.jsonl'
 PIXELS = 'pixels_'  # prefix of the raw-pixel baseline's metric names
+COLUMNS = ('raw pixels', 'untrained', 'trained')
 
 
 class Writer:
@@ -222,29 +223,45 @@ def summary(workdir: str, images: int) -> None:
         workdir: of a run with records of an evaluation.
         images: held out.
     """
-    last: dict[str, float] = {}
-    first: dict[str, float] = {}
-    for record in read(workdir):
-        found = {k: v for k, v in record.items() if k.startswith('eval/')}
-        if record['step'] == 0:
-            first |= found
-        else:
-            last |= found
-    columns = ['raw pixels', 'untrained', 'trained']
-    rows: dict[str, list[float | None]] = {}
-    for key in last or first:
-        _, evaluator, metric = key.split('/', 2)
-        few = any(re.fullmatch(rf'eval/{evaluator}/top\d+_\d+_per_class', k) for k in last)
-        name = _row(evaluator, metric, few)
-        if name and not metric.startswith(PIXELS):
-            pixels = first.get(f'eval/{evaluator}/{PIXELS}{metric}')
-            rows[name] = [pixels, first.get(key), last.get(key)]
+    found = evaluations(read(workdir))
+    rows = {name: found[key] for key, name in titles(found).items()}
     if not rows:
         return
     print(f'\nAccuracies and recalls (%) on {images} held-out images; features are frozen\n')
-    print(table(rows, columns), flush=True)
-    found = {name: dict(zip(columns, values, strict=True)) for name, values in rows.items()}
-    (epath.Path(workdir) / 'results.json').write_text(json.dumps(found, indent=2) + '\n')
+    print(table(rows, COLUMNS), flush=True)
+    results = {name: dict(zip(COLUMNS, values, strict=True)) for name, values in rows.items()}
+    (epath.Path(workdir) / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
+
+
+def evaluations(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """'<evaluator>/<metric>' -> its newest value for each of COLUMNS, None where there is none."""
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    for record in records:
+        values = {k: v for k, v in record.items() if k.startswith('eval/')}
+        if record['step'] == 0:
+            first |= values
+        else:
+            last |= values
+    found: dict[str, list[float | None]] = {}
+    for key in last or first:
+        _, evaluator, metric = key.split('/', 2)
+        if not metric.startswith(PIXELS):
+            pixels = first.get(f'eval/{evaluator}/{PIXELS}{metric}')
+            found[f'{evaluator}/{metric}'] = [pixels, first.get(key), last.get(key)]
+    return found
+
+
+def titles(found: Iterable[str]) -> dict[str, str]:
+    """What the closing table calls the accuracies and recalls among '<evaluator>/<metric>'."""
+    found = list(found)
+    named: dict[str, str] = {}
+    for key in found:
+        evaluator, metric = key.split('/', 1)
+        few = any(re.fullmatch(rf'{evaluator}/top\d+_\d+_per_class', k) for k in found)
+        if name := _row(evaluator, metric, few):
+            named[key] = name
+    return named
 
 
 def _row(evaluator: str, metric: str, few: bool) -> str:

@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         shown = (os.path.basename(query), _picture(query)) if is_path else (query, None)
         sheet.append((*shown, tiles))
     if OUT.value:
-        figures.contact_sheet(sheet, OUT.value)
+        figures.write(figures.contact_sheet(sheet), OUT.value)
 
 
 def _picture(path: str) -> Any:

@@ -22,6 +22,7 @@ from contrastive_jax import (
     STARTED,
     checkpoint,
     encoding,
+    environment,
     figures,
     parallel,
     program,
@@ -64,6 +65,7 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
         # Nothing is written before all that a config can get wrong has been found right.
         if not eval_only:
             checkpoint.claim(workdir, config.to_dict())
+            environment.record(workdir, parts.splits)
             if parts.tokenizer and jax.process_index() == 0:
                 parts.tokenizer.save(workdir)
             for source in parts.splits.values():
@@ -237,14 +239,17 @@ def _evaluate(
     for name, evaluate in parts.evaluators.items():
         start = time.monotonic()
         found: dict[str, float] = {}
+        drawn: list[str] = []
         for key, value in evaluate(encoder):
-            if not isinstance(value, bytes):
+            if isinstance(value, bytes):
+                drawn.append(f'{name}_{key}.png')
+                if jax.process_index() == 0:
+                    figures.write(value, folder / drawn[-1])
+            else:
                 found[f'eval/{name}/{prefix}{key}'] = value
-            elif jax.process_index() == 0:
-                figures.write(value, folder / f'{name}_{key}.png')
         values |= found
         what = 'raw pixels' if state is None else f'step {int(state.step)}'
-        said = '  '.join(f'{k} {v:.4g}' for k, v in found.items())
+        said = '  '.join([*(f'{k} {v:.4g}' for k, v in found.items()), *drawn])
         logging.info('%s: %s (%.1f s)', what, said or 'nothing', time.monotonic() - start)
     return values
 
@@ -281,13 +286,16 @@ def _draw_views(config: Config, workdir: str, parts: Parts, batch: dict[str, np.
         mean, std = np.array(config.data.mean), np.array(config.data.std)
         shown = {k: np.asarray(v) * std + mean for k, v in floats.items() if k.endswith('views')}
         path = epath.Path(workdir) / 'views.png'
-        figures.views_grid(shown['views'], path, local_BLHWC=shown.get('local_views'))
+        figures.write(
+            figures.views_grid(shown['views'], local_BLHWC=shown.get('local_views')), path
+        )
 
 
 def _draw_curves(workdir: str) -> None:
     """curves.png: loss, learning rate and accuracies of the run so far."""
     if jax.process_index() == 0:
-        figures.training_curves(records.read(workdir), epath.Path(workdir) / 'curves.png')
+        png = figures.training_curves(records.read(workdir))
+        figures.write(png, epath.Path(workdir) / 'curves.png')
 
 
 def _overview(state: TrainState, workdir: str) -> None:

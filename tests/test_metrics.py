@@ -12,6 +12,7 @@ from PIL import Image
 
 from contrastive_jax import figures, metrics
 from contrastive_jax.config import UserError
+from contrastive_jax.figures import curves
 
 # --- metrics.jsonl -------------------------------------------------------------------------------
 
@@ -144,7 +145,7 @@ def test_table():
 def test_views_are_side_by_side_and_enlarged_exactly(tmp_path):
     views = np.random.default_rng(0).integers(0, 256, (4, 2, 8, 8, 3), dtype=np.uint8)
     path = tmp_path / 'views.png'
-    figures.views_grid(views, path)
+    figures.write(figures.views_grid(views), path)
     sheet = np.asarray(Image.open(path))
     # 8 pixels become 112; views 4 apart, images 18 apart.
     first, second = sheet[18 : 18 + 112, 18 : 18 + 112], sheet[18 : 18 + 112, 134 : 134 + 112]
@@ -159,7 +160,7 @@ def test_local_views_are_to_the_right_and_as_enlarged(tmp_path):
     views = rng.integers(0, 256, (2, 2, 8, 8, 3), dtype=np.uint8)
     local = rng.integers(0, 256, (2, 3, 4, 4, 3), dtype=np.uint8)
     path = tmp_path / 'views.png'
-    figures.views_grid(views, path, ['a', 'b'], local_BLHWC=local)
+    figures.write(figures.views_grid(views, ['a', 'b'], local_BLHWC=local), path)
     sheet = np.asarray(Image.open(path))
     # 4 pixels become 56: two rows, beside two views of 112 and their gaps of 4.
     left = 18 + 2 * 116
@@ -178,7 +179,8 @@ def test_views_of_any_shape(shape, names, tmp_path):
     views = np.random.default_rng(0).normal(0.5, 1, shape)
     views[0, 0, 0, 0] = np.nan
     path = tmp_path / 'views.png'
-    figures.views_grid(views, path, [f'name {i}' * 20 for i in range(shape[0])] if names else None)
+    captions = [f'name {i}' * 20 for i in range(shape[0])] if names else None
+    figures.write(figures.views_grid(views, captions), path)
     width, height = Image.open(path).size
     assert 100 < width < 1600
     assert 80 < height < 1600
@@ -186,7 +188,7 @@ def test_views_of_any_shape(shape, names, tmp_path):
 
 def test_float_views_are_clipped_and_scaled(tmp_path):
     views = np.array([-1.0, 0.5, 2.0]).reshape(1, 1, 1, 3, 1)
-    figures.views_grid(views, tmp_path / 'v.png')
+    figures.write(figures.views_grid(views), tmp_path / 'v.png')
     row = np.asarray(Image.open(tmp_path / 'v.png'))[19]
     assert list(row[18:129:37, 0]) == [0, 128, 255]
 
@@ -207,7 +209,7 @@ def run() -> list[dict[str, Any]]:
 @pytest.mark.parametrize('records', [[], run()[1:2], run()[:1], run()[1:4], run()])
 def test_curves_of_whole_and_partial_runs(records, tmp_path):
     path = tmp_path / 'curves.png'
-    figures.training_curves(records, path)
+    figures.write(figures.training_curves(records), path)
     image = Image.open(path)
     image.load()
     assert image.size[0] > 600
@@ -215,13 +217,13 @@ def test_curves_of_whole_and_partial_runs(records, tmp_path):
 
 
 def test_curves_show_what_was_recorded(tmp_path):
-    assert figures._accuracies(run()) == {
+    assert curves.accuracies(run()) == {
         e: [f'eval/{e}/top1', f'eval/{e}/top1_10_per_class'] for e in ('knn', 'linear')
     }
-    steps, values = figures._series(run(), 'train/loss')
+    steps, values = curves.series(run(), 'train/loss')
     assert list(steps) == [1, 100]
     assert list(values) == [5, 0.05]
-    steps, values = figures._series(run(), 'eval/linear/top1_10_per_class', 100)
+    steps, values = curves.series(run(), 'eval/linear/top1_10_per_class', 100)
     assert (list(steps), list(values)) == ([0, 100], [90, 97])
 
 

@@ -234,6 +234,9 @@ def test_records_and_the_newest_checkpoints_are_kept(whole):
     assert kept == [9, 12]
     assert json.loads((whole / 'config.json').read_text())['batch_size'] == 16
     assert 'encoder/' in (whole / 'parameters.txt').read_text()
+    recorded = json.loads((whole / 'environment.json').read_text())
+    assert recorded['data']['splits'] == {'train': 1297, 'test': 500}
+    assert '--config.total_steps=12' in recorded['starts'][0]['command']
     for name in ('views.png', 'curves.png'):
         assert (whole / name).read_bytes().startswith(b'\x89PNG')
 

@@ -1,5 +1,6 @@
 """What was trained, in use: the encoder of a workdir, indices of collections, search in them."""
 
+import io
 import os
 import pathlib
 import runpy
@@ -17,6 +18,7 @@ from PIL import Image
 import contrastive_jax
 from contrastive_jax import checkpoint, encoding, index, parallel, program
 from contrastive_jax.config import UserError
+from contrastive_jax.evals import attention, pca
 from contrastive_jax.index import About, Index
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -107,6 +109,16 @@ def test_features_are_those_that_evaluators_see(clip, simclr):
             assert np.array_equal(ours(images, name), expected), name
         assert ours.config.batch_size == 16
         assert ours.step == 2
+
+
+def test_what_was_trained_can_be_drawn(simclr):
+    _, encoder = encoding.open_run(str(simclr))
+    drawn = [pair for make in (attention.make, pca.make) for pair in make(count=3)(encoder)]
+    assert [name for name, _ in drawn] == ['heads', 'patches']
+    heads, patches = (Image.open(io.BytesIO(png)) for _, png in drawn)
+    # Three rows of the image, two heads and their mean; three pairs of image and components.
+    assert heads.size == (2 * 22 + 4 * 112 + 3 * 8 + 16, 22 + 22 + 3 * 120 - 8 + 22)
+    assert patches.size[0] * patches.size[1] > 3 * 2 * 112**2
 
 
 def test_texts_are_those_that_evaluators_see(clip):

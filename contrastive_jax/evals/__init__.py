@@ -10,7 +10,8 @@ N: rows of a split (with padding), D: features, B: batch rows, n: rows of a subs
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +62,7 @@ class Encoder:
         texts: Callable[[Sequence[str]], Iterator[dict[str, np.ndarray]]] | None = None,
         captions: Callable[[str], list[list[str]] | None] = lambda split: None,
         images: Callable[[str, Sequence[int]], np.ndarray] | None = None,
+        sizes: Mapping[str, int] | None = None,
         tower: Tower | None = None,
     ):
         """
@@ -79,12 +81,13 @@ class Encoder:
                 data has none.
             images: `(split, rows) ->` those records as the encoder is given them, [n, H, W, 3]
                 uint8, the same on every process; zeros for a bad one.
+            sizes: how many records the splits have.
             tower: None: there is none, as of raw pixels.
         """
         self.splits, self.classes, self.mesh = tuple(splits), list(classes), mesh
         self._encode, self._batches = encode, batches
         self._texts, self.captions, self.reads_text = texts, captions, texts is not None
-        self._images, self.tower = images, tower
+        self._images, self._sizes, self.tower = images, dict(sizes or {}), tower
         self._features: dict[tuple[str, str], Features] = {}
 
     def features(self, split: str, name: str = 'features') -> Features:
@@ -107,6 +110,17 @@ class Encoder:
         """Records as the encoder is given them, [n, H, W, 3] uint8; zeros for a bad one."""
         assert self._images is not None, 'the encoder was made without images'
         return self._images(split, rows)
+
+    def sample(self, count: int) -> np.ndarray:
+        """Test images evenly spread over the split (train's, where there is no test split).
+
+        Returns:
+            uint8 [n, H, W, 3], n ≤ count: records that cannot be used are left out.
+        """
+        split = 'test' if 'test' in self.splits else 'train'
+        size = self._sizes[split]
+        images = self.images(split, spread(size, count).tolist())
+        return images[images.any(axis=(1, 2, 3))]
 
     def of(self, images_nHWC: np.ndarray, name: str) -> np.ndarray:
         """Any output of given images, [n, ...] float32: 'patches', 'attention', ...
@@ -192,6 +206,19 @@ class Encoder:
             if not (self.features(split).label_N >= 0).any():
                 return f'no image of the {split} split has a label'
         return ''
+
+
+def spread(size: int, count: int) -> np.ndarray:
+    """At most `count` of range(size), evenly spread over it."""
+    count = min(count, size)
+    return (2 * np.arange(count) + 1) * size // (2 * max(count, 1))
+
+
+def grid(images_nHWC: np.ndarray, patches: int) -> tuple[int, int]:
+    """(rows, columns) of the square patches that the images divide into."""
+    height, width = images_nHWC.shape[1:3]
+    side = math.sqrt(height * width / patches)
+    return round(height / side), round(width / side)
 
 
 def missed(what: str) -> Callable[[str], None]:

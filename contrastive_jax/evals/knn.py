@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from contrastive_jax import evals, similarity
+from contrastive_jax import evals, figures, parallel, similarity
 from contrastive_jax.config import UserError
 
 TILE = 4096  # 64 MiB of scores: with large k, fewer merges of best ks count for more
@@ -23,6 +23,7 @@ def make(
     per_class: Sequence[int] = (10,),
     draws: int = 5,
     seed: int = 0,
+    confusion: bool = False,
 ) -> evals.Evaluate:
     """The weighted kNN classifier of instance discrimination and DINO.
 
@@ -37,10 +38,12 @@ def make(
         per_class: numbers of labels per class to evaluate beside all labels.
         draws: random subsets each of those is averaged over.
         seed: of the subsets.
+        confusion: whether to draw which class is taken for which, with all labels.
 
     Returns:
         `evaluate(encoder)`, which yields 'top1', and for each n of per_class the mean and the
-        standard deviation over draws, 'top1_<n>_per_class' and 'top1_<n>_per_class_std'.
+        standard deviation over draws, 'top1_<n>_per_class' and 'top1_<n>_per_class_std'; and the
+        picture 'confusion'.
 
     Raises:
         UserError: a value outside its range.
@@ -55,58 +58,69 @@ def make(
     evals.check_draws('config.evals.knn', per_class, draws)
     say = evals.missed('kNN')
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
+    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float | bytes]]:
         if reason := encoder.missing():
             say(reason)
             return
         bank, test = encoder.labelled(), encoder.features('test')
         classes = max(len(encoder.classes), int(bank.label_N.max()) + 1)
+        queries = np.flatnonzero(test.label_N >= 0)
+        label_M = test.label_N[queries]
 
-        def top1(x_ND: jax.Array | np.ndarray, label_N: np.ndarray) -> float:
+        def vote(x_ND: jax.Array | np.ndarray, label_N: np.ndarray) -> np.ndarray:
             neighbours = min(k, int((label_N >= 0).sum()))
             with jax.set_mesh(encoder.mesh):
-                hits = _hits(
-                    test.x_ND,
-                    test.label_N,
-                    x_ND,
-                    label_N,
-                    temperature,
-                    k=neighbours,
-                    classes=classes,
-                )
-            return int(hits) / int((test.label_N >= 0).sum())
+                found = nearest(test.x_ND, x_ND, label_N >= 0, k=neighbours)
+                voted_M = _vote(*found, label_N, temperature, classes=classes)
+            return parallel.to_host(voted_M)[queries]
 
-        yield 'top1', top1(bank.x_ND, bank.label_N)
+        voted_M = vote(bank.x_ND, bank.label_N)
+        top1 = float(np.mean(voted_M == label_M))
+        yield 'top1', top1
         for n in per_class:
             rows = np.stack(evals.draws(bank.label_N, n, draws, seed))
             subsets = evals.gather(encoder.mesh, bank.x_ND, rows)
-            scores = [top1(x_nD, bank.label_N[r]) for x_nD, r in zip(subsets, rows, strict=True)]
+            scores = [
+                np.mean(vote(x_nD, bank.label_N[r]) == label_M)
+                for x_nD, r in zip(subsets, rows, strict=True)
+            ]
             yield f'top1_{n}_per_class', float(np.mean(scores))
             yield f'top1_{n}_per_class_std', float(np.std(scores))
+        if confusion:
+            size = max(classes, int(label_M.max()) + 1)
+            counts_CC = np.zeros((size, size), np.int64)
+            np.add.at(counts_CC, (label_M, voted_M), 1)
+            names = [*encoder.classes, *map(str, range(len(encoder.classes), size))]
+            title = f'kNN, k = {k}: {100 * top1:.1f} % of {len(label_M):,} test images are right'
+            yield 'confusion', figures.confusion(counts_CC, names, title)
 
     return evaluate
 
 
-@functools.partial(jax.jit, static_argnames=('k', 'classes'))
-def _hits(
-    query_MD: jax.Array,
-    label_M: jax.Array,
-    bank_ND: jax.Array,
+@functools.partial(jax.jit, static_argnames='k')
+def nearest(
+    query_MD: jax.Array, bank_ND: jax.Array, counts_N: jax.Array, *, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """(cosines, rows) of each query's k nearest among the bank rows that count, [M, k] each."""
+
+    def cosine(rows: jax.Array, bank: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_nD, counts_n = bank
+        scores = jnp.matmul(rows, x_nD.T, precision=lax.Precision.HIGHEST)
+        return jnp.where(counts_n[None, :], scores, -jnp.inf)
+
+    return similarity.top_k(cosine, _unit(query_MD), (_unit(bank_ND), counts_N), k, tile=TILE)
+
+
+@functools.partial(jax.jit, static_argnames='classes')
+def _vote(
+    scores_Mk: jax.Array,
+    neighbours_Mk: jax.Array,
     label_N: jax.Array,
     temperature: jax.Array,
     *,
-    k: int,
     classes: int,
 ) -> jax.Array:
-    """How many labelled queries the vote puts into their class; bank rows labelled −1 are mute."""
-
-    def cosine(rows: jax.Array, bank: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x_nD, label_n = bank
-        scores = jnp.matmul(rows, x_nD.T, precision=lax.Precision.HIGHEST)
-        return jnp.where((label_n >= 0)[None, :], scores, -jnp.inf)
-
-    bank = (_unit(bank_ND), label_N)
-    scores_Mk, neighbours_Mk = similarity.top_k(cosine, _unit(query_MD), bank, k, tile=TILE)
+    """The class that each query's neighbours vote for."""
     # Relative to the nearest one: the vote is the same, and exp(1 / temperature) cannot overflow.
     weights_Mk = jnp.exp((scores_Mk - scores_Mk[:, :1]) / temperature)
     voted_Mk = label_N[neighbours_Mk]
@@ -116,8 +130,8 @@ def _hits(
         return votes_MC + jnp.where(chosen_MC, weights_Mk[:, i][:, None], 0.0)
 
     # A loop, because [M, k, C] would not fit for 50,000 images of 1,000 classes.
-    votes_MC = lax.fori_loop(0, k, vote, jnp.zeros((query_MD.shape[0], classes)))
-    return jnp.sum((votes_MC.argmax(1) == label_M) & (label_M >= 0))
+    M, k = scores_Mk.shape
+    return lax.fori_loop(0, k, vote, jnp.zeros((M, classes))).argmax(1)
 
 
 def _unit(x_ND: jax.Array) -> jax.Array:

@@ -1,0 +1,74 @@
+"""What an encoder takes to be alike: test images and the training images nearest to them.
+
+M: queries, N: training images, D: features, k: neighbours.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from contrastive_jax import evals, figures, parallel
+from contrastive_jax.config import UserError
+from contrastive_jax.evals import knn
+from contrastive_jax.figures import COLOURS
+
+
+def make(count: int = 8, k: int = 10) -> evals.Evaluate:
+    """Draws test images, evenly spread over the split, and the k training images nearest to each.
+
+    Nearest by the cosine of their features, which is written below them with the class; those of
+    another class than the query's are marked.
+
+    Args:
+        count: queries, from 1.
+        k: neighbours, from 1.
+
+    Returns:
+        `evaluate(encoder)`, which yields the picture 'sheet'. Nothing where there is no test split.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+    for key, value in (('count', count), ('k', k)):
+        if value < 1:
+            raise UserError(f'config.evals.neighbours.{key}: got {value}, expected at least 1.')
+    say = evals.missed('Nearest neighbours')
+
+    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, bytes]]:
+        if 'test' not in encoder.splits:
+            say('there is no test split')
+            return
+        test, train = encoder.features('test'), encoder.features('train')
+        # Padding and bad records are rows of zeros.
+        usable = [np.flatnonzero(parallel.to_host((f.x_ND != 0).any(1))) for f in (test, train)]
+        if not all(map(len, usable)):
+            say('all features are zero')
+            return
+        some = usable[0][evals.spread(len(usable[0]), count)]
+        counts_N = np.isin(np.arange(len(train.label_N)), usable[1])
+        query_MD = evals.gather(encoder.mesh, test.x_ND, some)
+        with jax.set_mesh(encoder.mesh):
+            found = knn.nearest(query_MD, train.x_ND, counts_N, k=min(k, len(usable[1])))
+        scores_Mk, rows_Mk = map(parallel.to_host, found)
+        queries = encoder.images('test', some.tolist())
+        images = encoder.images('train', rows_Mk.ravel().tolist())
+        images = images.reshape(*rows_Mk.shape, *images.shape[1:])
+        rows = []
+        for m, label in enumerate(test.label_N[some].tolist()):
+            tiles = [figures.Tile(queries[m], _name(encoder, label), '', COLOURS[0])]
+            for image, score, row in zip(images[m], scores_Mk[m], rows_Mk[m], strict=True):
+                other = int(train.label_N[row])
+                name, frame = _name(encoder, other), ''
+                if label >= 0 and other >= 0 and label != other:
+                    name, frame = f'✗ {name}', COLOURS[1]
+                tiles.append(figures.Tile(image, name, f'{score:.3f}', frame))
+            rows.append(tiles)
+        columns = len(rows[0]) - 1
+        yield 'sheet', figures.tile_rows(rows, ['test', *(f'{i + 1}' for i in range(columns))])
+
+    return evaluate
+
+
+def _name(encoder: evals.Encoder, label: int) -> str:
+    return encoder.classes[label] if 0 <= label < len(encoder.classes) else ''
