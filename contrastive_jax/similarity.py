@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from contrastive_jax import tiles
+from contrastive_jax import tiles, trees
 
 Tree = Any
 Score = Callable[..., jax.Array]  # (rows_block, bank_block) -> scores_mn
@@ -129,7 +129,7 @@ def count(
     layout = tiles.Layout.of(rows, bank, tile, exchange)
 
     def body(row, bank, carry: jax.Array, *rest):
-        holds_mn = predicate(tiles.wide(row.x), tiles.wide(bank.x)) & bank.counts[None, :]
+        holds_mn = predicate(trees.wide(row.x), trees.wide(bank.x)) & bank.counts[None, :]
         return carry + holds_mn.sum(1, dtype=jnp.int32), *rest
 
     start = functools.partial(jnp.zeros, layout.row_tiles, jnp.int32)
@@ -237,8 +237,8 @@ def _logsumexp_backward(mode: str, score: Score, layout: tiles.Layout, residuals
     _, d_rows, d_bank, d_closed = tiles.gradients(
         score, layout, weigh, rows_side, bank_side, closed_over, symmetric=symmetric
     )
-    d_bank = () if symmetric else tiles.with_integers(d_bank, bank)
-    return tiles.with_integers(d_rows, rows), d_bank, d_closed
+    d_bank = () if symmetric else trees.with_integers(d_bank, bank)
+    return trees.with_integers(d_rows, rows), d_bank, d_closed
 
 
 _logsumexp.defvjp(_logsumexp_forward, _logsumexp_backward)
@@ -292,7 +292,7 @@ def _sum_backward(term: Score, layout: tiles.Layout, residuals: tuple, g: jax.Ar
     gradients, rows, bank = residuals
     scale = functools.partial(jax.tree.map, lambda d: (g * d.astype(g.dtype)).astype(d.dtype))
     d_rows, d_bank, d_closed = map(scale, gradients)
-    return tiles.with_integers(d_rows, rows), tiles.with_integers(d_bank, bank), d_closed
+    return trees.with_integers(d_rows, rows), trees.with_integers(d_bank, bank), d_closed
 
 
 _sum.defvjp(_sum_forward, _sum_backward)

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
+
+from contrastive_jax import trees
 
 Tree = Any
 Score = Callable[..., jax.Array]  # (rows_block, bank_block) -> scores_mn
@@ -48,12 +49,14 @@ class Layout(NamedTuple):
     def of(cls, rows: Tree, bank: Tree, tile: int, exchange: str) -> 'Layout':
         if exchange not in EXCHANGES:
             raise ValueError(f'similarity: exchange must be one of {EXCHANGES}, got {exchange!r}')
-        M, N, devices = length(rows), length(bank), device_count()
-        small = 4 * _floats(bank) <= GATHERED_BYTES
+        M, N, devices = trees.length(rows), trees.length(bank), device_count()
+        small = 4 * trees.floats(bank) <= GATHERED_BYTES
         gather = exchange == 'gather' or (exchange == 'auto' and small)
         gather = gather and devices > 1
         shard = N if gather else -(-N // devices)
-        return cls(M, N, devices, gather, tiling(-(-M // devices), tile), tiling(shard, tile))
+        return cls(
+            M, N, devices, gather, trees.tiling(-(-M // devices), tile), trees.tiling(shard, tile)
+        )
 
     def run(
         self,
@@ -93,9 +96,9 @@ class Layout(NamedTuple):
             out_specs=(split, split, PartitionSpec()),
             check_vma=False,
         )
-        padded = pad(rows, -self.M % self.devices), pad(bank, -self.N % self.devices)
+        padded = trees.pad(rows, -self.M % self.devices), trees.pad(bank, -self.N % self.devices)
         row_carry, bank_carry, shared = local(*padded)
-        return cut(row_carry, self.M), cut(bank_carry, self.N), shared
+        return trees.cut(row_carry, self.M), trees.cut(bank_carry, self.N), shared
 
     def _local(
         self,
@@ -108,7 +111,7 @@ class Layout(NamedTuple):
     ) -> tuple[Tree, Tree, Tree]:
         """One device's part of `run`."""
         here = 0 if self.devices == 1 else lax.axis_index(axis())
-        row_length, bank_length = length(rows), length(bank)
+        row_length, bank_length = trees.length(rows), trees.length(bank)
         row_blocks = self._blocks(rows, here * row_length, self.M, self.row_tiles)
         if symmetric and self.devices == 1:
             # On several devices, what was accumulated for a shard would have to travel with it: as
@@ -117,11 +120,11 @@ class Layout(NamedTuple):
         elif self.devices == 1 or self.gather:
             if self.gather:
                 bank = jax.tree.map(lambda x: lax.all_gather(x, axis(), tiled=True), bank)
-            bank_blocks = self._blocks(cut(bank, self.N), 0, self.N, self.bank_tiles)
+            bank_blocks = self._blocks(trees.cut(bank, self.N), 0, self.N, self.bank_tiles)
             row_carry, bank_carry, shared = _sweep(body, row_blocks, bank_blocks, start())
-            bank_carry = untile(bank_carry, self.N)
+            bank_carry = trees.untile(bank_carry, self.N)
             if self.gather:
-                bank_carry = pad(bank_carry, bank_length * self.devices - self.N)
+                bank_carry = trees.pad(bank_carry, bank_length * self.devices - self.N)
                 bank_carry = jax.tree.map(self._home, bank_carry)
                 added = functools.partial(jax.tree.map, lambda x: x.sum(0))
                 bank_carry = (join or added)(bank_carry)
@@ -139,10 +142,10 @@ class Layout(NamedTuple):
             _, (row_carry, bank_carry, shared) = lax.fori_loop(
                 0, self.devices, step, (bank, start())
             )
-            bank_carry = untile(bank_carry, bank_length)
+            bank_carry = trees.untile(bank_carry, bank_length)
         if self.devices > 1:
             shared = lax.psum(shared, axis())
-        return untile(row_carry, row_length), bank_carry, shared
+        return trees.untile(row_carry, row_length), bank_carry, shared
 
     def _hop(self, x: jax.Array) -> jax.Array:
         """Device i hands x to i − 1; what is large, piece by piece, so that only a piece waits."""
@@ -169,9 +172,9 @@ class Layout(NamedTuple):
 
     @staticmethod
     def _blocks(x: Tree, first: Any, total: int, tiles: tuple[int, int]) -> Block:
-        index = first + jnp.arange(length(x), dtype=jnp.int32)
-        counts = tile_up(index < total, tiles, fill=False)
-        return Block(tile_up(x, tiles), tile_up(index, tiles), counts)
+        index = first + jnp.arange(trees.length(x), dtype=jnp.int32)
+        counts = trees.tile_up(index < total, tiles, fill=False)
+        return Block(trees.tile_up(x, tiles), trees.tile_up(index, tiles), counts)
 
 
 def _at(tree: Tree, i: Any) -> Tree:
@@ -262,10 +265,10 @@ def gradients(
     """
     summing = len(bank_side) == len(rows_side) == 1
 
-    def body(row, bank, row_carry: tuple, bank_carry: list, shared: tuple):
+    def body(row, bank, row_carry: tuple, bank_carry: tuple, shared: tuple):
         (row_x, *row_rest), (bank_x, *bank_rest) = row.x, bank.x
-        row_floats, row_others, merge_row = _split(wide(row_x))
-        bank_floats, bank_others, merge_bank = _split(wide(bank_x))
+        row_floats, row_others, merge_row = trees.split(trees.wide(row_x))
+        bank_floats, bank_others, merge_bank = trees.split(trees.wide(bank_x))
 
         def scores(closed_over: tuple, row_floats: list, bank_floats: list) -> jax.Array:
             return masked(score, closed_over, 0.0 if summing else -jnp.inf)(
@@ -285,27 +288,32 @@ def gradients(
         if one_sided:
             more_closed = jax.tree.map(lambda x: x / 2, more_closed)
         d_row, *sum_m = row_carry
-        row_carry = _add(d_row, more_row), *(x + scores_mn.sum(1) for x in sum_m)
+        row_carry = trees.add(d_row, more_row), *(x + scores_mn.sum(1) for x in sum_m)
         if bank_carry:
-            bank_carry = _add(bank_carry[0], more_bank[0]), *bank_carry[1:]
-        return row_carry, bank_carry, _add(shared, more_closed)
+            bank_carry = trees.add(bank_carry[0], more_bank[0]), *bank_carry[1:]
+        return row_carry, bank_carry, trees.add(shared, more_closed)
 
-    rows, bank = _split(rows_side[0])[0], _split(bank_side[0])[0]
+    rows, bank = trees.split(rows_side[0])[0], trees.split(bank_side[0])[0]
 
     def start() -> tuple:
         def zeros(leaves: list, tiles: tuple[int, int]) -> list:
-            return [jnp.zeros((*tiles, *x.shape[1:]), wide(x.dtype)) for x in leaves]
+            return [jnp.zeros((*tiles, *x.shape[1:]), trees.wide(x.dtype)) for x in leaves]
 
         sums = [jnp.zeros(layout.row_tiles)] if summing else []
         d_bank = () if symmetric else (zeros(bank, layout.bank_tiles),)
-        d_closed = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), closed_over)
+        d_closed = jax.tree.map(lambda x: jnp.zeros(x.shape, trees.wide(x.dtype)), closed_over)
         return (zeros(rows, layout.row_tiles), *sums), d_bank, d_closed
 
     (d_rows, *sums), d_bank, d_closed = layout.run(
         body, rows_side, bank_side, start, symmetric=symmetric
     )
-    d_bank = [] if symmetric else _as(d_bank[0], bank)
-    return sums[0] if summing else (), _as(d_rows, rows), d_bank, _as(d_closed, closed_over)
+    d_bank = [] if symmetric else trees.as_types(d_bank[0], bank)
+    return (
+        sums[0] if summing else (),
+        trees.as_types(d_rows, rows),
+        d_bank,
+        trees.as_types(d_closed, closed_over),
+    )
 
 
 def strips(function: Callable[[Tree, Tree], Tree], rows: Tree, bank: Tree) -> Tree:
@@ -324,18 +332,20 @@ def strips(function: Callable[[Tree, Tree], Tree], rows: Tree, bank: Tree) -> Tr
     Returns:
         What function returns, leading with M.
     """
-    M, N, devices = length(rows), length(bank), device_count()
-    shape = tiling(-(-M // devices), max(1, STRIP // N))
-    function, closed_over = _convert(function, abstract(rows, shape[1]), abstract(bank, N))
+    M, N, devices = trees.length(rows), trees.length(bank), device_count()
+    shape = trees.tiling(-(-M // devices), max(1, STRIP // N))
+    function, closed_over = _convert(
+        function, trees.abstract(rows, shape[1]), trees.abstract(bank, N)
+    )
 
     def local(rows: Tree, bank: Tree, closed_over: tuple) -> Tree:
         if devices > 1:
             bank = jax.tree.map(lambda x: lax.all_gather(x, axis(), tiled=True), bank)
-        bank = wide(cut(bank, N))
-        mine = length(rows)
-        block = jax.checkpoint(lambda row_tile: function(wide(row_tile), bank, *closed_over))
-        out = lax.map(block, tile_up(rows, shape))
-        return untile(out, mine)
+        bank = trees.wide(trees.cut(bank, N))
+        mine = trees.length(rows)
+        block = jax.checkpoint(lambda row_tile: function(trees.wide(row_tile), bank, *closed_over))
+        out = lax.map(block, trees.tile_up(rows, shape))
+        return trees.untile(out, mine)
 
     if devices == 1:
         return local(rows, bank, closed_over)
@@ -343,7 +353,9 @@ def strips(function: Callable[[Tree, Tree], Tree], rows: Tree, bank: Tree) -> Tr
     run = jax.shard_map(
         local, in_specs=(split, split, PartitionSpec()), out_specs=split, check_vma=False
     )
-    return cut(run(pad(rows, -M % devices), pad(bank, -N % devices), closed_over), M)
+    return trees.cut(
+        run(trees.pad(rows, -M % devices), trees.pad(bank, -N % devices), closed_over), M
+    )
 
 
 def axis() -> str:
@@ -368,7 +380,7 @@ def _manual_mesh():
 def convert(score: Score, layout: Layout, rows: Tree, bank: Tree) -> tuple[Score, tuple]:
     """The score as a function of its closed-over floating-point values, too; and those."""
     return _convert(
-        score, abstract(rows, layout.row_tiles[1]), abstract(bank, layout.bank_tiles[1])
+        score, trees.abstract(rows, layout.row_tiles[1]), trees.abstract(bank, layout.bank_tiles[1])
     )
 
 
@@ -382,105 +394,8 @@ def masked(score: Score, closed_over: tuple = (), fill: float = -math.inf) -> Ca
     """The score of two blocks as float32, `fill` where either item is padding."""
 
     def masked(row: Block, bank: Block) -> jax.Array:
-        scores_mn = score(wide(row.x), wide(bank.x), *closed_over)
+        scores_mn = score(trees.wide(row.x), trees.wide(bank.x), *closed_over)
         counts_mn = row.counts[:, None] & bank.counts[None, :]
-        return jnp.where(counts_mn, wide(scores_mn), fill)
+        return jnp.where(counts_mn, trees.wide(scores_mn), fill)
 
     return masked
-
-
-def length(tree: Tree) -> int:
-    lengths = {x.shape[0] for x in jax.tree.leaves(tree)}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(
-            'similarity: the arrays of rows (and of bank) must agree in their first dimension '
-            f'and not be empty, got lengths {sorted(lengths)}'
-        )
-    return lengths.pop()
-
-
-def tiling(total: int, tile: int) -> tuple[int, int]:
-    """(how many tiles, of which size): the fewest, and of those the smallest."""
-    count = -(-total // tile)
-    return count, -(-total // count)
-
-
-def pad(tree: Tree, by: int, fill: float | bool | None = None) -> Tree:
-    """Appends `by` rows: `fill`, or copies of the last row, on which any score is well-behaved."""
-
-    def pad(x: jax.Array) -> jax.Array:
-        width = [(0, by)] + [(0, 0)] * (x.ndim - 1)
-        if fill is None:
-            return jnp.pad(x, width, mode='edge')
-        return jnp.pad(x, width, constant_values=fill)
-
-    return jax.tree.map(pad, tree) if by else tree
-
-
-def cut(tree: Tree, length: int) -> Tree:
-    return jax.tree.map(lambda x: x if x.shape[0] == length else x[:length], tree)
-
-
-def tile_up(tree: Tree, tiles: tuple[int, int], fill: float | bool | None = None) -> Tree:
-    """[length, ...] -> [tiles, tile size, ...], padded as `pad` does."""
-    count, size = tiles
-
-    def cut(x: jax.Array) -> jax.Array:
-        return pad(x, count * size - x.shape[0], fill).reshape(count, size, *x.shape[1:])
-
-    return jax.tree.map(cut, tree)
-
-
-def untile(tiles: Tree, length: int) -> Tree:
-    """[tiles, tile size, ...] -> [length, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], tiles)
-
-
-def abstract(tree: Tree, length: int) -> Tree:
-    """The shapes and dtypes in which a score sees `length` items."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((length, *x.shape[1:]), wide(x.dtype)), tree)
-
-
-def _floats(tree: Tree) -> int:
-    """How many floating-point numbers there are in a tree."""
-    return sum(x.size for x in jax.tree.leaves(tree) if _is_float(x))
-
-
-def _is_float(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def wide(x: Any) -> Any:
-    """A floating-point dtype as at least float32, or a tree with its floating-point leaves so."""
-    if isinstance(x, np.dtype):
-        return jnp.promote_types(x, jnp.float32) if jnp.issubdtype(x, jnp.inexact) else x
-    return jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), x)
-
-
-def _split(tree: Tree) -> tuple[list, list, Callable[[list, list], Tree]]:
-    """(floating-point leaves, the others, a function that puts such lists together again)."""
-    leaves, structure = jax.tree.flatten(tree)
-    floats = [_is_float(x) for x in leaves]
-
-    def merge(some: list, others: list) -> Tree:
-        some_iter, others_iter = iter(some), iter(others)
-        return structure.unflatten([next(some_iter if f else others_iter) for f in floats])
-
-    def pick(wanted: bool) -> list:
-        return [x for x, f in zip(leaves, floats, strict=True) if f is wanted]
-
-    return pick(True), pick(False), merge
-
-
-def with_integers(gradients: list, tree: Tree) -> Tree:
-    """Gradients of `tree`'s floating-point leaves, and the float0 that JAX wants for the others."""
-    _, others, merge = _split(tree)
-    return merge(gradients, [np.zeros(x.shape, jax.dtypes.float0) for x in others])
-
-
-def _add(total: Tree, more: Tree) -> Tree:
-    return jax.tree.map(jnp.add, total, more)
-
-
-def _as(tree: Tree, like: Tree) -> Tree:
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
