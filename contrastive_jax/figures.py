@@ -229,8 +229,9 @@ def _accuracies(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """evaluator -> keys of its accuracies of the encoder."""
     found: dict[str, list[str]] = {}
     for key in dict.fromkeys(k for r in records for k in r if k.startswith('eval/')):
-        _, evaluator, metric = key.split('/')
-        if metric.startswith('top1') and not metric.endswith('_std'):
+        _, evaluator, metric = key.split('/', 2)
+        # Without those of single classes, 'top1/<class>'.
+        if metric.startswith('top1') and '/' not in metric and not metric.endswith('_std'):
             found.setdefault(evaluator, []).append(key)
     return found
 
@@ -249,6 +250,7 @@ def _accuracy(axis: Any, records: Sequence[Mapping[str, Any]], key: str, colour:
     spread_steps, spread = _series(records, f'{key}_std', 100)
     _, pixels = _series(records, f'eval/{evaluator}/pixels_{metric}', 100)
     name = metric.removeprefix('top1').strip('_').replace('_per_class', ' labels per class')
+    name = name.replace('_percent', ' % of labels')
     _title(axis, f'{evaluator}, {name or "all labels"} (%)')
     if len(spread) and np.array_equal(steps, spread_steps):
         axis.fill_between(steps, values - spread, values + spread, color=colour, alpha=0.15, lw=0)
