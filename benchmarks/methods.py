@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument('--only', default='', help='Configs, separated by commas.')
     parser.add_argument('--more', default='', help='Flags for every run.')
     args = parser.parse_args()
-    found = sorted(p.stem for p in (HERE / 'configs').glob('*.py'))
+    found = sorted(p.stem for p in (HERE / 'configs').glob('*.py') if p.stem != 'eval')
     images = [n for n in found if n != 'simclr_vit' and not load(n, 'digits').text]
     names = args.only.split(',') if args.only else images
     evals = {'knn': KNN[args.preset], 'collapse': {}, 'linear': {}}

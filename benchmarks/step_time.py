@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument('--steps', type=int, default=20)
     args = parser.parse_args()
     names = args.only.split(',') if args.only else sorted(p.stem for p in CONFIGS.glob('*.py'))
-    names = [n for n in names if not n.startswith('simclr') and not load(n, 'digits').text]
+    others = ('simclr_resnet', 'simclr_vit', 'eval')
+    names = [n for n in names if n not in others and not load(n, 'digits').text]
     mesh = parallel.make_mesh()
     resnet, tokens = (load(f'simclr_{m}', args.preset) for m in ('resnet', 'vit'))
     tokens.model.pool = 'cls'

@@ -6,7 +6,7 @@ the same run. It appears under its final name only when it is complete.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -144,13 +144,19 @@ def weights(workdir: str | os.PathLike, step: int) -> tuple[Any, Any]:
     return restored['params'], restored['extra']
 
 
-def check(workdir: str | os.PathLike, config: Mapping[str, Any], must_exist: bool = False) -> None:
+def check(
+    workdir: str | os.PathLike,
+    config: Mapping[str, Any],
+    must_exist: bool = False,
+    free: Sequence[str] = (),
+) -> None:
     """Refuses a workdir that belongs to another config.
 
     Args:
         workdir: its `config.json`, if there is one, says whose it is.
         config: JSON-serialisable; keys in FREE may differ.
         must_exist: refuse a workdir without a run, too.
+        free: further keys that may differ: 'data.root'.
 
     Raises:
         UserError: the workdir's config differs; the keys are listed with both values.
@@ -164,7 +170,7 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any], must_exist: boo
         f'  config.{key}: there {theirs.get(key, "(not set)")!r}, '
         f'here {ours.get(key, "(not set)")!r}'
         for key in sorted(ours.keys() | theirs.keys())
-        if key.split('.')[0] not in FREE and ours.get(key) != theirs.get(key)
+        if key.split('.')[0] not in FREE and key not in free and ours.get(key) != theirs.get(key)
     ]
     if differing:
         raise UserError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from contrastive_jax import augment, checkpoint, data, evals, parallel, program
+from contrastive_jax import augment, checkpoint, data, evals, parallel, program, views
 from contrastive_jax import config as config_lib
 from contrastive_jax.config import Config, UserError
 from contrastive_jax.data import BadRecord, decode, pipeline, text
@@ -237,7 +237,7 @@ def encoder(
     """A state's encoder (by `how`, or the method's own), or without a state the raw pixels."""
     d = config.data
     moments = tuple(d.mean), tuple(d.std)
-    tower = None
+    tower = outputs = None
     if state is None:
         encode = functools.partial(_pixels, *moments)
     else:
@@ -247,6 +247,9 @@ def encoder(
         how = how or method.encode
         forward = _forward(how, *moments, parallel.rows(mesh))
         encode = functools.partial(forward, state.params, state.extra)
+        image = jax.ShapeDtypeStruct((1, d.image_size, d.image_size, 3), jnp.float32)
+        trace = functools.partial(jax.eval_shape, how, state.params, state.extra, {'image': image})
+        outputs = lambda: list(trace())  # noqa: E731
 
     def pictures(source: data.Source, size: int, **share: int) -> Iterator[dict[str, np.ndarray]]:
         return pipeline.eval_batches(
@@ -263,9 +266,12 @@ def encoder(
         share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
         return pictures(parts.splits[name], config.batch_size, **share)
 
-    def images(name: str, rows: Sequence[int]) -> np.ndarray:
+    def images(name: str, rows: evals.Rows) -> np.ndarray:
         some = data.Subset(parts.splits[name], list(map(int, rows)))
         return next(pictures(some, len(rows)))['image']
+
+    def pairs(name: str, rows: evals.Rows) -> np.ndarray:
+        return views.pairs(config, parts.splits[name], rows, config.seed)
 
     def texts(texts: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         assert parts.tokenizer is not None
@@ -294,6 +300,8 @@ def encoder(
         images=images,
         sizes={name: len(source) for name, source in parts.splits.items()},
         tower=tower,
+        views=evals.Views(*moments, d.crop.to_dict(), pairs),
+        outputs=outputs,
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from contrastive_jax.config import UserError, unknown
+from contrastive_jax.config import Config, UserError, unknown
 
 CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'A file of configs/, with :preset; --config.key=value changes a key.'
@@ -75,7 +75,7 @@ def compilation_cache() -> None:
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
-def cpu_devices() -> None:
+def cpu_devices(config: Config) -> None:
     """On CPUs one device a core, up to 8, as far as the batch divides; XLA_FLAGS may say otherwise.
 
     XLA spreads one device's small operations badly over cores: the digits' ViT took 0.7 of the time
@@ -86,10 +86,8 @@ def cpu_devices() -> None:
     if 'host_platform_device_count' in os.environ.get('XLA_FLAGS', '') or COORDINATOR.value:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    rows = max(1, CONFIG.value.batch_size // max(1, CONFIG.value.accumulate))
-    jax.config.update(
-        'jax_num_cpu_devices', math.gcd(min(cores or 1, 8), rows, CONFIG.value.microbatch)
-    )
+    rows = max(1, config.batch_size // max(1, config.accumulate))
+    jax.config.update('jax_num_cpu_devices', math.gcd(min(cores or 1, 8), rows, config.microbatch))
 
 
 def quiet() -> None:
@@ -104,13 +102,14 @@ def quiet() -> None:
 def main(argv: Sequence[str]) -> None:
     del argv
     # Not before flags are parsed: a typo is answered at once.
-    from contrastive_jax import parallel, train
+    from contrastive_jax import parallel, program, train
 
     quiet()
+    config = program.resolve(CONFIG.value, WORKDIR.value, EVAL_ONLY.value)
     compilation_cache()
-    cpu_devices()
+    cpu_devices(config)
     parallel.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    train.run(CONFIG.value, WORKDIR.value, eval_only=EVAL_ONLY.value)
+    train.run(config, WORKDIR.value, eval_only=EVAL_ONLY.value)
 
 
 def command(

@@ -258,7 +258,8 @@ def titles(found: Iterable[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for key in found:
         evaluator, metric = key.split('/', 1)
-        few = any(re.fullmatch(rf'{evaluator}/top\d+_\d+_per_class', k) for k in found)
+        pattern = rf'{re.escape(evaluator)}/.*top\d+_.*_(per_class|percent)'
+        few = any(re.fullmatch(pattern, k) for k in found)
         if name := _row(evaluator, metric, few):
             named[key] = name
     return named
@@ -271,11 +272,18 @@ def _row(evaluator: str, metric: str, few: bool) -> str:
     """
     if found := re.fullmatch(r'(\w+)_r(\d+)', metric):
         return f'{evaluator}, {found[1].replace("_", " ")}, R@{found[2]}'
-    if found := re.fullmatch(r'top(\d+)(?:_(\d+)_per_class)?', metric):
-        top = '' if found[1] == '1' else f', top {found[1]}'
-        labels = f', {found[2]} labels per class' if found[2] else ', all labels' * few
-        return f'{evaluator}{top}{labels}'
-    return ''
+    labels = r'(?:_(?P<n>\d+)_per_class|_(?P<share>[\d.]+)_percent)?'
+    if found := re.fullmatch(rf'(?:(?P<what>\w+)_)?top(?P<k>\d+){labels}', metric):
+        what = f', {found["what"]}' if found['what'] else ''
+        top = '' if found['k'] == '1' else f', top {found["k"]}'
+        labels = ', all labels' * few
+        if found['n']:
+            labels = f', {found["n"]} labels per class'
+        elif found['share']:
+            labels = f', {found["share"]} % of labels'
+        return f'{evaluator}{what}{top}{labels}'
+    names = {'accuracy': 'accuracy', 'nmi': 'NMI'}
+    return f'{evaluator}, {names[metric]}' if metric in names else ''
 
 
 def table(rows: Mapping[str, Sequence[float | None]], columns: Sequence[str]) -> str:

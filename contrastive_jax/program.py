@@ -1,6 +1,7 @@
 """What a config describes: data, and a training step compiled for the devices that it runs on."""
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from contrastive_jax.data import text
 from contrastive_jax.data.bad_records import BadRecords
 from contrastive_jax.method import Batch, Encoders, Method
 from contrastive_jax.state import TrainState, make_init, make_step
+
+# Of what data a config may differ from the run that it evaluates.
+LOOKED_AT = ('data.source', 'data.root', 'data.captions', 'data.holdout', 'data.max_bad')
 
 
 class Parts(NamedTuple):
@@ -41,20 +45,24 @@ class Program(NamedTuple):
     state: TrainState  # shapes, dtypes and shardings
 
 
-def build_parts(config: Config, workdir: str | None, mesh: jax.sharding.Mesh) -> Parts:
+def build_parts(
+    config: Config, workdir: str | None, mesh: jax.sharding.Mesh, *, other_data: bool = False
+) -> Parts:
     """Everything a config names; mistakes in it are found here, before anything runs.
 
     Args:
         config: as in `train.run`.
         workdir: of the run, which holds its tokenizer. None for one that has none yet.
         mesh: of the devices.
+        other_data: whether config.data is not what the run was trained on: it may lack captions,
+            and its bad records are not listed in workdir.
     """
     evaluators = {
         name: config_lib.build('evals', {'name': name, **options}, f'config.evals.{name}')
         for name, options in config.evals.items()
     }
     splits = data.open_splits(config.data)
-    listed = epath.Path(workdir) / 'bad_records.jsonl' if workdir else None
+    listed = epath.Path(workdir) / 'bad_records.jsonl' if workdir and not other_data else None
     bad = BadRecords(listed, sum(map(len, splits.values())), config.data.max_bad)
     start, tokenizer = {}, None
     started = workdir is not None and checkpoint.latest(workdir) is not None
@@ -63,19 +71,19 @@ def build_parts(config: Config, workdir: str | None, mesh: jax.sharding.Mesh) ->
     if config.text:
         own = workdir if workdir and any(text.files(workdir)) else None
         theirs = config.init_from if 'text' in start else None
-        tokenizer = _tokenizer(config, own or theirs, splits['train'])
+        tokenizer = _tokenizer(config, own or theirs, splits['train'], other_data)
     program = build(config, mesh, len(splits['train']), start)
     return Parts(splits, bad, evaluators, tokenizer, program)
 
 
-def _tokenizer(config: Config, there: str | None, source: Any) -> text.Tokenizer:
+def _tokenizer(config: Config, there: str | None, source: Any, other_data: bool) -> text.Tokenizer:
     """The run's, else the one that the config names, else one trained on the captions.
 
     Raises:
         UserError: no captions; more ids than the text encoder has.
     """
     d = config.data
-    if not hasattr(source, 'captions'):
+    if not other_data and not hasattr(source, 'captions'):
         raise UserError(
             f'config.data.source: {d.source!r} has no captions, and config.text reads them; '
             "'captions', 'webdataset' and 'digits:grids' have some."
@@ -219,6 +227,52 @@ def pretrained(config: Config) -> Encoders:
                 *(moment, config.data[moment], workdir, theirs.data[moment]),
             )
     return found
+
+
+def resolve(config: Config, workdir: str, eval_only: bool) -> Config:
+    """A config as it is; or in the place of one that names no method, the config of a run.
+
+    Args:
+        config: as in `train.run`, or one of evaluators alone: `evals`, and maybe other data.
+        workdir: of the run, whose method, model, views and moments stay what they are.
+        eval_only: whether nothing is trained.
+
+    Raises:
+        UserError: no run in workdir; evaluators alone, and something to train; a key that is the
+            run's and set here.
+    """
+    if config.method:
+        return config
+    if not eval_only:
+        raise UserError(
+            'config.method: not set. A config of evaluators alone looks at what is trained: '
+            '--eval_only --workdir=RUN.'
+        )
+    found, default = config_of(workdir), config_lib.base()
+    flat = [checkpoint.flatten(c.to_dict()) for c in (config, default)]
+    for key, value in flat[0].items():
+        if value != flat[1].get(key) and key not in LOOKED_AT and not key.startswith('evals.'):
+            raise UserError(
+                f'config.{key}: got {value!r}, but this is for the run in {workdir} to say; '
+                f'expected evals, or one of {", ".join(LOOKED_AT)}.'
+            )
+    keys = [key.removeprefix('data.') for key in LOOKED_AT]
+    given = {k: config.data[k] for k in keys if config.data[k] != default.data[k]}
+    if 'source' in given:
+        given = {'root': '', 'captions': '', **given}
+    with found.unlocked():
+        found.data.update(given)
+        found.evals = config.evals
+    return found
+
+
+def other_data(config: Config, workdir: str) -> str:
+    """'on_<source>_<root>' where config's data is not that of the run in workdir, else ''."""
+    theirs = config_of(workdir).data
+    if all(config.data[k] == theirs[k] for k in ('source', 'root', 'captions', 'holdout')):
+        return ''
+    parts = config.data.source, epath.Path(config.data.root).name, config.data.captions
+    return '_'.join(['on', *(re.sub(r'\W+', '_', p).strip('_') for p in parts if p)])
 
 
 def config_of(workdir: str | os.PathLike) -> Config:

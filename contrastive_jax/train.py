@@ -5,6 +5,7 @@ bits: its checkpoint holds the TrainState and the position in the data, and the 
 depends on the seed and the step alone.
 """
 
+import json
 import math
 import signal
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from clu import parameter_overview
@@ -41,7 +43,9 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
     Args:
         config: `config.base()` filled in by a recipe.
         workdir: a directory or a bucket's URL, created if missing.
-        eval_only: evaluate the newest checkpoint, change nothing but its records.
+        eval_only: evaluate the newest checkpoint, change nothing but its records. Evaluators and
+            data may be others than the run's, and the config may be one of evaluators alone (see
+            `program.resolve`); records of other data go to a folder of their own in workdir.
 
     Returns:
         The last evaluation's metrics.
@@ -54,31 +58,31 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
     for key in config:
         if key not in config_lib.base():
             raise config_lib.unknown('key', key, config_lib.base(), 'config')
-    checkpoint.check(workdir, config.to_dict(), must_exist=eval_only)
+    config = program.resolve(config, workdir, eval_only)
+    free = program.LOOKED_AT if eval_only else ()
+    checkpoint.check(workdir, config.to_dict(), must_exist=eval_only, free=free)
     if config.method.get('locked') and not config.init_from:
         raise UserError(
             'config.method.locked: an encoder that does not learn needs config.init_from.'
         )
     with jax.set_mesh(mesh):
+        if eval_only:
+            return _evaluate_only(config, workdir, mesh)
         parts = program.build_parts(config, workdir, mesh)
-        iterator = None if eval_only else _iterator(config, parts)
+        iterator = _iterator(config, parts)
         # Nothing is written before all that a config can get wrong has been found right.
-        if not eval_only:
-            checkpoint.claim(workdir, config.to_dict())
-            environment.record(workdir, parts.splits)
-            if parts.tokenizer and jax.process_index() == 0:
-                parts.tokenizer.save(workdir)
-            for source in parts.splits.values():
-                for record, reason in getattr(source, 'skipped', ()):
-                    parts.bad.note(record, reason)
+        checkpoint.claim(workdir, config.to_dict())
+        environment.record(workdir, parts.splits)
+        if parts.tokenizer and jax.process_index() == 0:
+            parts.tokenizer.save(workdir)
+        for source in parts.splits.values():
+            for record, reason in getattr(source, 'skipped', ()):
+                parts.bad.note(record, reason)
         writer = records.Writer(workdir, tensorboard=config.tensorboard)
         checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.best)
         try:
-            if iterator is None:
-                values = _evaluate_only(config, workdir, mesh, parts, checkpoints, writer)
-            else:
-                values = _train(config, workdir, mesh, parts, iterator, checkpoints, writer)
-                iterator.close()
+            values = _train(config, workdir, mesh, parts, iterator, checkpoints, writer)
+            iterator.close()
         finally:
             checkpoints.close()
             writer.close()
@@ -208,21 +212,55 @@ def _refresh(
     return refresh
 
 
-def _evaluate_only(
-    config: Config,
-    workdir: str,
-    mesh: jax.sharding.Mesh,
-    parts: Parts,
-    checkpoints: checkpoint.Checkpoints,
-    writer: records.Writer,
-) -> dict[str, float]:
-    state = checkpoints.restore(parts.program.state)
-    if state is None:
-        raise UserError(f'--eval_only: there is no complete checkpoint in {workdir}/checkpoints.')
-    values = _evaluate(config, workdir, parts, mesh, state)
-    writer.write(int(state.step), values)
-    _summary(workdir, parts)
+def _evaluate_only(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """Evaluates the newest checkpoint, and the baselines as far as the run has not done so."""
+    other = program.other_data(config, workdir)
+    parts = program.build_parts(config, workdir, mesh, other_data=bool(other))
+    step = checkpoint.newest(workdir)
+    params, extra = checkpoint.weights(workdir, step)
+    weights = {'params': params, 'extra': extra}
+    shardings = jax.tree.map(lambda x: x.sharding, parallel.lay_out(mesh, weights, config.fsdp))
+    state = TrainState(jnp.int32(step), opt=(), **jax.device_put(weights, shardings))
+    folder = str(epath.Path(workdir) / other)
+    epath.Path(folder).mkdir(parents=True, exist_ok=True)
+    writer = records.Writer(folder, tensorboard=config.tensorboard)
+    try:
+        values = _evaluate(config, folder, parts, mesh, state)
+        writer.write(step, values)
+        # What the run itself has found at step 0 is good for the evaluators that are its own.
+        own = {} if other else program.config_of(workdir).evals.to_dict()
+        given = json.loads(json.dumps(config.evals.to_dict()))
+        start = [r for r in records.read(folder) if r['step'] == 0]
+        done = {key.split('/')[1] for r in start for key in r if key.startswith('eval/')}
+        missing = {
+            name: evaluate
+            for name, evaluate in parts.evaluators.items()
+            if name not in done or own.get(name) != given[name]
+        }
+        if missing:
+            del state
+            few = parts._replace(evaluators=missing)
+            writer.write(0, _baselines(config, folder, few, mesh))
+    finally:
+        writer.close()
+    _summary(folder, parts)
     return values
+
+
+def _baselines(
+    config: Config, folder: str, parts: Parts, mesh: jax.sharding.Mesh
+) -> dict[str, float]:
+    """What the evaluators say of raw pixels and of the weights that the run started from."""
+    values = _evaluate(config, folder, parts, mesh, None)
+    built = parts.program
+    if config.init_from:
+        try:
+            start = program.pretrained(config)
+        except UserError as error:
+            logging.warning('the weights that the run started from are gone: %s', error)
+            return values
+        built = program.build(config, mesh, len(parts.splits['train']), start)
+    return values | _evaluate(config, folder, parts._replace(program=built), mesh, built.init())
 
 
 def _evaluate(
@@ -234,7 +272,8 @@ def _evaluate(
     """
     encoder = encoding.encoder(config, parts, mesh, state)
     prefix = records.PIXELS if state is None else ''
-    folder = epath.Path(workdir) / 'pictures' / (prefix.strip('_') or f'step_{int(state.step)}')
+    place = 'pixels' if state is None else f'step_{int(state.step)}'
+    folder = epath.Path(workdir) / 'pictures' / place
     values: dict[str, float] = {}
     for name, evaluate in parts.evaluators.items():
         start = time.monotonic()

@@ -253,9 +253,11 @@ def test_eval_only(whole, tmp_path):
         start(whole, '--eval_only', "--config.evals={'knn': {'k': 5}}", '--config.log_every=2')
     )
     assert 'knn, all labels' in out
-    record = metrics.read(whole)[-1]
-    assert record['step'] == 12
+    # The baselines come last, as this run has none: it was trained without evaluators.
+    record, baselines = metrics.read(whole)[-2:]
+    assert (record['step'], baselines['step']) == (12, 0)
     assert 0.1 < record['eval/knn/top1'] <= 1
+    assert {'eval/knn/top1', 'eval/knn/pixels_top1'} <= baselines.keys()
     assert parameters(whole).keys() == before.keys()
     out = finish(start(tmp_path / 'nothing', '--eval_only'), code=2)
     assert 'no run in' in out

@@ -3,14 +3,16 @@
 `evaluate(encoder)` yields (name, value) pairs; accuracies are fractions in [0, 1], and a picture is
 the bytes of a PNG file. Most evaluators see the encoder through the features of whole splits, which
 are computed once for all of them; those that draw see more of a few images; those that train it on
-have its weights. What both classifiers share is here: which rows are labelled, and which few of
+have its weights. What the classifiers share is here: which rows are labelled, and which few of
 them a few-labels experiment may use.
 
-N: rows of a split (with padding), D: features, B: batch rows, n: rows of a subset.
+N: rows of a split (with padding), D: features, B: batch rows, n: rows of a subset, h w: a map.
 """
 
+import fnmatch
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,9 +21,10 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from contrastive_jax import models, parallel
+from contrastive_jax import config, models, parallel, pooling
 from contrastive_jax.config import UserError
 
+Rows = Sequence[int] | np.ndarray  # of records
 Evaluate = Callable[['Encoder'], Iterator[tuple[str, float | bytes]]]
 PICTURES = 64  # that `Encoder.of` encodes at a time, about
 
@@ -48,6 +51,22 @@ class Tower(NamedTuple):
     stats: Any
 
 
+class Views(NamedTuple):
+    """How a run shows pictures to its encoder in training.
+
+    Attributes:
+        mean, std: of each channel, in units of [0, 1]: what `augment.normalize` takes.
+        crop: keywords of `data.geometry.random_resized_crop`.
+        pairs: `(split, rows) ->` two augmented views of those records, [n, 2, H, W, 3] uint8, the
+            same on every process; zeros for a bad one.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop: Mapping[str, Any]
+    pairs: Callable[[str, Rows], np.ndarray]
+
+
 class Encoder:
     """An encoder and the data to try it on; computes each split's features once."""
 
@@ -61,9 +80,11 @@ class Encoder:
         *,
         texts: Callable[[Sequence[str]], Iterator[dict[str, np.ndarray]]] | None = None,
         captions: Callable[[str], list[list[str]] | None] = lambda split: None,
-        images: Callable[[str, Sequence[int]], np.ndarray] | None = None,
+        images: Callable[[str, Rows], np.ndarray] | None = None,
         sizes: Mapping[str, int] | None = None,
         tower: Tower | None = None,
+        views: Views | None = None,
+        outputs: Callable[[], Sequence[str]] | None = None,
     ):
         """
         Args:
@@ -83,30 +104,56 @@ class Encoder:
                 uint8, the same on every process; zeros for a bad one.
             sizes: how many records the splits have.
             tower: None: there is none, as of raw pixels.
+            views: how it was shown pictures.
+            outputs: `() ->` the names that encode knows of an image.
         """
         self.splits, self.classes, self.mesh = tuple(splits), list(classes), mesh
         self._encode, self._batches = encode, batches
         self._texts, self.captions, self.reads_text = texts, captions, texts is not None
         self._images, self._sizes, self.tower = images, dict(sizes or {}), tower
+        self.views, self._outputs = views, outputs
         self._features: dict[tuple[str, str], Features] = {}
 
     def features(self, split: str, name: str = 'features') -> Features:
-        """The features of a split, or its images' 'embedding', computed at the first call.
+        """The features of a split, or another output of its images, computed at the first call.
 
         They pass through the host batch by batch: there the parts are joined without compiling
         anything, and no device holds a split twice. While joining, each process needs host memory
         for the split (ImageNet's 1.28 M rows of 2048 float32: 10 GB).
+
+        A map [B, h, w, C], or patches [B, N, C] of a square grid, are averaged over the cells of
+        the finest grid that leaves at most 9,216 numbers (36 KB an image), on the devices, and then
+        flattened.
         """
         if (split, name) not in self._features:
             self._features[split, name] = self._compute(self._batches(split), name)
         return self._features[split, name]
+
+    def named(self, patterns: Sequence[str], where: str) -> list[str]:
+        """Outputs by their names, which must exist, or by patterns such as 'block*', in order.
+
+        Raises:
+            UserError: no such output; those that exist are listed.
+        """
+        exist = sorted(self._outputs() if self._outputs else (), key=_natural)
+        found: list[str] = []
+        for pattern in patterns:
+            if not set(pattern) & set('*?[') and pattern not in exist:
+                raise config.unknown('output of the encoder', pattern, exist, where)
+            found += fnmatch.filter(exist, pattern)
+        return list(dict.fromkeys(found))
+
+    def forget(self, name: str) -> None:
+        """Frees an output's memory on the devices; the next call computes it again."""
+        for key in [k for k in self._features if k[1] == name]:
+            del self._features[key]
 
     def texts(self, texts: Sequence[str]) -> jax.Array:
         """Embeddings of texts, [M, D] float32 and padded with zeros, not normalised."""
         assert self._texts is not None, 'the encoder reads no text'
         return self._compute(self._texts(texts), 'embedding').x_ND
 
-    def images(self, split: str, rows: Sequence[int]) -> np.ndarray:
+    def images(self, split: str, rows: Rows) -> np.ndarray:
         """Records as the encoder is given them, [n, H, W, 3] uint8; zeros for a bad one."""
         assert self._images is not None, 'the encoder was made without images'
         return self._images(split, rows)
@@ -146,13 +193,17 @@ class Encoder:
                     'mask': np.ones(local, np.float32),
                 }
 
-        return self._rows(batches(), name)[0][: len(images_nHWC)]
+        return self._rows(batches(), lambda batch: self._encode(batch, name))[0][: len(images_nHWC)]
 
     def _compute(self, batches: Iterator[dict[str, np.ndarray]], name: str) -> Features:
-        return put(self.mesh, *self._rows(batches, name))
+        return put(
+            self.mesh, *self._rows(batches, lambda b: pooling.pooled(self._encode(b, name), name))
+        )
 
     def _rows(
-        self, batches: Iterator[dict[str, np.ndarray]], name: str
+        self,
+        batches: Iterator[dict[str, np.ndarray]],
+        encode: Callable[[dict[str, jax.Array]], jax.Array],
     ) -> tuple[np.ndarray, np.ndarray]:
         """An output of all batches and their labels, on the host."""
         x, label = [], []
@@ -174,21 +225,19 @@ class Encoder:
             count = len(numpy_batch['label'])
             place = np.arange(count, dtype=np.int32) + jax.process_index() * count
             batch = parallel.shard_batch(self.mesh, {**numpy_batch, 'place': place})
-            waiting.append(
-                (self._encode(batch, name), batch['label'], batch['mask'], batch['place'])
-            )
+            waiting.append((encode(batch), batch['label'], batch['mask'], batch['place']))
             if len(waiting) > 2:  # the devices always have the next batches to work on
                 collect()
         while waiting:
             collect()
         return np.concatenate(x), np.concatenate(label)
 
-    def labelled(self) -> Features:
+    def labelled(self, name: str = 'features') -> Features:
         """All rows that a classifier may learn from: 'train', and 'validation' if there is one."""
-        parts = [self.features(s) for s in ('train', 'validation') if s in self.splits]
+        parts = [self.features(s, name) for s in ('train', 'validation') if s in self.splits]
         if len(parts) == 1:
             return parts[0]
-        key = 'labelled', 'features'
+        key = 'labelled', name
         if key not in self._features:
             x_ND = np.concatenate([parallel.to_host(p.x_ND) for p in parts])
             label_N = np.concatenate([p.label_N for p in parts])
@@ -244,12 +293,28 @@ def put(mesh: Mesh, x_ND: np.ndarray, label_N: np.ndarray) -> Features:
     )
 
 
-def draws(label_N: np.ndarray, per_class: int, count: int, seed: int) -> list[np.ndarray]:
-    """Random balanced subsets of the labelled rows.
+def _natural(name: str) -> list[str | int]:
+    """Sorts 'block10' after 'block9'."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', name))]
+
+
+def few_labels(per_class: Sequence[int], fractions: Sequence[float]) -> dict[str, int | float]:
+    """What the experiments with few labels are called in metrics, and what `draws` takes for each.
+
+    {'10_per_class': 10, '1_percent': 0.01}
+    """
+    named: dict[str, int | float] = {f'{n}_per_class': int(n) for n in per_class}
+    return named | {f'{100 * f:g}_percent': float(f) for f in fractions}
+
+
+def draws(label_N: np.ndarray, labels: int | float, count: int, seed: int) -> list[np.ndarray]:
+    """Random stratified subsets of the labelled rows.
 
     Args:
         label_N: int; negative labels are never drawn.
-        per_class: labels of each class in a subset; a class with fewer gives all it has.
+        labels: an int: labels of each class in a subset; a class with fewer gives all it has. A
+            float: the share of every class, rounded, at least one; of one seed and draw, the
+            subset of a smaller share is part of a larger one's.
         count: how many subsets.
         seed: the same seed draws the same records, however many padding rows lie between them.
 
@@ -257,19 +322,30 @@ def draws(label_N: np.ndarray, per_class: int, count: int, seed: int) -> list[np
         `count` sorted arrays of row numbers, all of one length.
     """
     rows_of = [np.flatnonzero(label_N == c) for c in np.unique(label_N[label_N >= 0])]
-    fewer = sum(len(rows) < per_class for rows in rows_of)
+    if isinstance(labels, float):
+        sizes, stream = [max(1, round(labels * len(rows))) for rows in rows_of], 0
+    else:
+        sizes, stream = [labels] * len(rows_of), labels
+    fewer = sum(len(rows) < size for rows, size in zip(rows_of, sizes, strict=True))
     if fewer:
         logging.info(
             '%d of %d classes have fewer than %d labelled images: all of them are used',
             fewer,
             len(rows_of),
-            per_class,
+            labels,
         )
     subsets = []
     for draw in range(count):
-        rng = np.random.default_rng([seed, per_class, draw])
-        subsets.append(np.sort(np.concatenate([rng.permutation(r)[:per_class] for r in rows_of])))
+        rng = np.random.default_rng([seed, stream, draw])
+        some = [rng.permutation(rows)[:n] for rows, n in zip(rows_of, sizes, strict=True)]
+        subsets.append(np.sort(np.concatenate(some)))
     return subsets
+
+
+def over_draws(name: str, values: Sequence[float]) -> Iterator[tuple[str, float]]:
+    """Mean and standard deviation of a metric over draws: `name` and `<name>_std`."""
+    yield name, float(np.mean(values))
+    yield f'{name}_std', float(np.std(values))
 
 
 def gather(mesh: Mesh, x_ND: jax.Array, rows: np.ndarray) -> np.ndarray:
@@ -282,9 +358,13 @@ def _gatherer(mesh: Mesh) -> Callable[[jax.Array, np.ndarray], jax.Array]:
     return jax.jit(lambda x_ND, rows: x_ND[rows], out_shardings=parallel.replicated(mesh))
 
 
-def check_draws(where: str, per_class: Sequence[int], draws: int) -> None:
+def check_draws(
+    where: str, per_class: Sequence[int], draws: int, fractions: Sequence[float] = ()
+) -> None:
     """Raises UserError unless the options of the few-labels experiments make sense."""
     if any(n < 1 for n in per_class):
         raise UserError(f'{where}.per_class: got {tuple(per_class)}, expected numbers from 1.')
-    if per_class and draws < 1:
+    if any(not 0 < f <= 1 for f in fractions):
+        raise UserError(f'{where}.fractions: got {tuple(fractions)}, expected shares in (0, 1].')
+    if (per_class or fractions) and draws < 1:
         raise UserError(f'{where}.draws: got {draws}, expected at least 1.')

@@ -21,6 +21,7 @@ def make(
     k: int = 20,
     temperature: float = 0.07,
     per_class: Sequence[int] = (10,),
+    fractions: Sequence[float] = (),
     draws: int = 5,
     seed: int = 0,
     confusion: bool = False,
@@ -36,14 +37,16 @@ def make(
         temperature: of the votes' weights, above 0. DINO: 0.07 with k 20; CIFAR-10 with a bank of
             50,000 usually 0.1 with k 200.
         per_class: numbers of labels per class to evaluate beside all labels.
+        fractions: shares of the labels to evaluate, too, in (0, 1], the same share of every class.
         draws: random subsets each of those is averaged over.
         seed: of the subsets.
         confusion: whether to draw which class is taken for which, with all labels.
 
     Returns:
-        `evaluate(encoder)`, which yields 'top1', and for each n of per_class the mean and the
-        standard deviation over draws, 'top1_<n>_per_class' and 'top1_<n>_per_class_std'; and the
-        picture 'confusion'.
+        `evaluate(encoder)`, which yields 'top1', and the mean and the standard deviation over draws
+        'top1_<n>_per_class' and 'top1_<n>_per_class_std' for each n of per_class,
+        'top1_<p>_percent' and 'top1_<p>_percent_std' for each of fractions, p being 100 times it;
+        and the picture 'confusion'.
 
     Raises:
         UserError: a value outside its range.
@@ -55,7 +58,7 @@ def make(
         raise UserError(f'config.evals.knn.k: got {k}, expected at least 1.')
     if temperature <= 0:
         raise UserError(f'config.evals.knn.temperature: got {temperature}, expected above 0.')
-    evals.check_draws('config.evals.knn', per_class, draws)
+    evals.check_draws('config.evals.knn', per_class, draws, fractions)
     say = evals.missed('kNN')
 
     def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float | bytes]]:
@@ -77,15 +80,14 @@ def make(
         voted_M = vote(bank.x_ND, bank.label_N)
         top1 = float(np.mean(voted_M == label_M))
         yield 'top1', top1
-        for n in per_class:
-            rows = np.stack(evals.draws(bank.label_N, n, draws, seed))
-            subsets = evals.gather(encoder.mesh, bank.x_ND, rows)
+        for name, labels in evals.few_labels(per_class, fractions).items():
+            # One subset after the other on the host: those of a large share are large.
             scores = [
-                np.mean(vote(x_nD, bank.label_N[r]) == label_M)
-                for x_nD, r in zip(subsets, rows, strict=True)
+                float(np.mean(vote(subset, bank.label_N[rows]) == label_M))
+                for rows in evals.draws(bank.label_N, labels, draws, seed)
+                for subset in [evals.gather(encoder.mesh, bank.x_ND, rows)]
             ]
-            yield f'top1_{n}_per_class', float(np.mean(scores))
-            yield f'top1_{n}_per_class_std', float(np.std(scores))
+            yield from evals.over_draws(f'top1_{name}', scores)
         if confusion:
             size = max(classes, int(label_M.max()) + 1)
             counts_CC = np.zeros((size, size), np.int64)

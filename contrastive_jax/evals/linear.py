@@ -27,7 +27,9 @@ TOGETHER = 2**26  # logits of few-labels problems that are solved at a time
 
 def make(
     strengths: Sequence[float] = STRENGTHS,
+    outputs: Sequence[str] = ('features',),
     per_class: Sequence[int] = (10,),
+    fractions: Sequence[float] = (),
     draws: int = 5,
     validation_fraction: float = 0.1,
     tolerance: float = 1e-6,
@@ -45,15 +47,21 @@ def make(
     there is none on a stratified `validation_fraction` of train; the final classifier is fitted to
     all of these rows. With n labels per class, only the drawn images' labels are used: the strength
     is chosen by stratified 5-fold cross-validation among them (fewer folds where n is less; for
-    n = 1, where nothing can be left out, the middle of `strengths`). The test split is used once,
-    by the final classifiers.
+    n = 1, where nothing can be left out, the middle of `strengths`). A few-labels set that is too
+    large to be solved so, on one device (more than 1 % of ImageNet), is treated like all labels.
+    The test split is used once, by the final classifiers.
 
     CLIP: the highest validation accuracy; here: the lowest cross-entropy, because of 100 images
     accuracy tells strengths apart too coarsely.
 
     Args:
         strengths: candidates, each above 0.
+        outputs: what of the encoder is classified: 'features', or any that its model names: 'map',
+            'stage1', 'cls', 'patches', 'block3', 'last4', ..., or patterns of names, which may
+            match none: 'block*'. Maps and patches are pooled, see `Encoder.features`; each needs
+            memory for up to 9,216 dimensions, three times.
         per_class: numbers of labels per class to evaluate beside all labels.
+        fractions: shares of the labels to evaluate, too, in (0, 1], the same share of every class.
         draws: random subsets each of those is averaged over.
         validation_fraction: in (0, 1).
         tolerance: a problem is solved when a step promises to lower its objective by less than
@@ -62,11 +70,13 @@ def make(
         seed: of subsets and validation rows.
 
     Returns:
-        `evaluate(encoder)`, which yields 'top1', and for each n of per_class the mean and the
-        standard deviation over draws, 'top1_<n>_per_class' and 'top1_<n>_per_class_std'.
+        `evaluate(encoder)`, which yields 'top1', and the mean and the standard deviation over draws
+        'top1_<n>_per_class' and 'top1_<n>_per_class_std' for each n of per_class,
+        'top1_<p>_percent' and 'top1_<p>_percent_std' for each of fractions, p being 100 times it;
+        of another output than the features the same as '<output>_top1', ... Raw pixels have none.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value outside its range; (when evaluating) an output that there is not.
 
     The protocol of Radford et al. 2021 (CLIP), appendix A.3, without its finer search.
     """
@@ -79,40 +89,62 @@ def make(
         )
     if max_iterations < 1:
         raise UserError(f'{where}.max_iterations: got {max_iterations}, expected at least 1.')
-    evals.check_draws(where, per_class, draws)
+    if not outputs:
+        raise UserError(f'{where}.outputs: got none, expected names of outputs of the encoder.')
+    evals.check_draws(where, per_class, draws, fractions)
     # Strongly regularised problems are solved in a few steps, and each is the next one's start.
     path = sorted(strengths, reverse=True)
     limits = Limits(tolerance, max(tolerance, CHOOSING), np.int32(max_iterations))
+    few = evals.few_labels(per_class, fractions)
     say = evals.missed('the linear classifier')
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
-        if reason := encoder.missing():
-            say(reason)
-            return
-        train, test = encoder.labelled(), encoder.features('test')
+    def probe(encoder: evals.Encoder, output: str, prefix: str) -> Iterator[tuple[str, float]]:
+        train, test = encoder.labelled(output), encoder.features('test', output)
         classes = max(len(encoder.classes), int(train.label_N.max()) + 1)
-        if 'validation' in encoder.splits and (encoder.features('validation').label_N >= 0).any():
-            held_N = np.arange(len(train.label_N)) >= len(encoder.features('train').label_N)
-            held_N &= train.label_N >= 0
-        else:
+        first = len(encoder.features('train', output).label_N)  # of validation
+        held_N = (np.arange(len(train.label_N)) >= first) & (train.label_N >= 0)
+        if not held_N.any():
             held_N = held_out(train.label_N, validation_fraction, seed)
         with jax.set_mesh(encoder.mesh):
             x_ND, *moments = _standardise(train.x_ND, train.label_N)
             weights = [_fit_all(x_ND, train.label_N, held_N, path, classes, limits)]
         scale = Scale(*map(parallel.to_host, moments))
-        for n in per_class:
-            rows = np.stack(evals.draws(train.label_N, n, draws, seed))
-            x = scale(evals.gather(encoder.mesh, train.x_ND, rows))
-            weights += _fit_few(x, train.label_N[rows], path, n, classes, limits)
+        for labels in few.values():
+            sets = evals.draws(train.label_N, labels, draws, seed)
+            # Logits of all folds of one set, and half of the numbers in all sets.
+            size = len(sets[0]) * max(classes * (FOLDS + 1), draws * x_ND.shape[1] // 2)
+            if size <= TOGETHER:
+                rows = np.stack(sets)
+                x = scale(evals.gather(encoder.mesh, train.x_ND, rows))
+                weights += _fit_few(x, train.label_N[rows], path, classes, limits)
+                continue
+            for rows in sets:
+                x = scale(evals.gather(encoder.mesh, train.x_ND, rows)).astype(np.float32)
+                some = evals.put(encoder.mesh, x, train.label_N[rows])
+                held_n = held_out(some.label_N, validation_fraction, seed)
+                with jax.set_mesh(encoder.mesh):
+                    weights.append(_fit_all(*some, held_n, path, classes, limits))
         # One call for all: one compilation.
         W_SDC = np.stack([scale.fold(W_DC) for W_DC in weights])
         with jax.set_mesh(encoder.mesh):
             hits_S = parallel.to_host(_hits(test.x_ND, test.label_N, W_SDC))
         top1 = hits_S / (test.label_N >= 0).sum()
-        yield 'top1', float(top1[0])
-        for n, few in zip(per_class, top1[1:].reshape(-1, draws), strict=True):
-            yield f'top1_{n}_per_class', float(few.mean())
-            yield f'top1_{n}_per_class_std', float(few.std())
+        yield f'{prefix}top1', float(top1[0])
+        for name, scores in zip(few, top1[1:].reshape(-1, draws), strict=True):
+            yield from evals.over_draws(f'{prefix}top1_{name}', scores)
+
+    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
+        if reason := encoder.missing():
+            say(reason)
+            return
+        if 'features' in outputs:
+            yield from probe(encoder, 'features', '')
+        others = [output for output in outputs if output != 'features']
+        if encoder.tower is None or not others:
+            return
+        for output in encoder.named(others, f'{where}.outputs'):
+            yield from probe(encoder, output, f'{output}_')
+            encoder.forget(output)  # maps are large
 
     return evaluate
 
@@ -207,7 +239,6 @@ def _fit_few(
     x_SnD: np.ndarray,
     label_Sn: np.ndarray,
     path: Sequence[float],
-    per_class: int,
     classes: int,
     limits: Limits,
 ) -> list[np.ndarray]:
@@ -226,7 +257,7 @@ def _fit_few(
     width = x_SnD.shape[-1]
     padding = -(width - 1) % 128
     x_SnD = np.pad(x_SnD, ((0, 0), (0, 0), (padding, 0))).astype(np.float32)
-    count = min(FOLDS, per_class)
+    count = min(FOLDS, int(np.bincount(label_Sn[0]).max()))
     held_SPn = np.zeros((S, count + 1 if count > 1 else 1, n), bool)
     if count > 1:
         held_SPn[:, :-1] = [folds(label_n, count) for label_n in label_Sn]

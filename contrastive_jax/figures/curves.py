@@ -73,6 +73,7 @@ def _accuracy(axis: Any, records: Sequence[Mapping[str, Any]], key: str, colour:
     spread_steps, spread = series(records, f'{key}_std', 100)
     _, pixels = series(records, f'eval/{evaluator}/pixels_{metric}', 100)
     name = metric.removeprefix('top1').strip('_').replace('_per_class', ' labels per class')
+    name = name.replace('_percent', ' % of labels')
     _title(axis, f'{evaluator}, {name or "all labels"} (%)')
     if len(spread) and np.array_equal(steps, spread_steps):
         axis.fill_between(steps, values - spread, values + spread, color=colour, alpha=0.15, lw=0)
