@@ -8,6 +8,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 ACTIVATIONS = {
@@ -20,6 +21,26 @@ ACTIVATIONS = {
 # q, k, v as a matrix of its own: sqrt(6 / (D + D)) = sqrt(3 / D), the bound of LeCun-uniform.
 xavier = nn.initializers.xavier_uniform()
 xavier_qkv = nn.initializers.lecun_uniform()
+
+
+def sincos2d(rows: int, columns: int, width: int, temperature: float = 10000.0) -> np.ndarray:
+    """Fixed 2-D positions: half of the channels for the row, half for the column.
+
+    Args:
+        rows, columns: patches in the grid.
+        width: channels, divisible by 4.
+        temperature: the longest wavelength is 2π times about this many patches.
+
+    Returns:
+        [rows * columns, width] float32 `[sin(rω), cos(rω), sin(cω), cos(cω)]` with
+        ω_i = temperature^(−i / (width / 4)), patches in row-major order.
+
+    Source: MoCo v3 (Chen et al. 2021, arXiv:2104.02057), section 5; equal to its code.
+    """
+    omega = temperature ** (-np.arange(width // 4) / (width // 4))
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    angles = [row[:, None] * omega[None, :], column[:, None] * omega[None, :]]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1, dtype=np.float32)
 
 
 class Attention(nn.Module):

@@ -92,11 +92,15 @@ class Towers:
 
     def encoders(self, params: Tree, extra: Tree) -> Encoders:
         """`Method.encoders`."""
-        image = extra.get('frozen', params)['encoder']
-        return {
-            'image': (image, extra['stats']['encoder']),
-            'text': (params['text']['encoder'], extra['text_stats']['encoder']),
+        image, text = extra.get('frozen', params), params['text']
+        found = {
+            'image': (image['encoder'], extra['stats']['encoder']),
+            'text': (text['encoder'], extra['text_stats']['encoder']),
+            'text_projection': (text['projection'], extra['text_stats']['projection']),
         }
+        if not self.locked:
+            found['image_projection'] = image['projection'], extra['stats']['projection']
+        return found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

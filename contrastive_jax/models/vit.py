@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from contrastive_jax.blocks import ACTIVATIONS, MAP, Block, xavier
+from contrastive_jax.blocks import ACTIVATIONS, MAP, Block, sincos2d, xavier
 from contrastive_jax.config import UserError, choose
 
 SIZES = {  # Touvron et al. 2021 (Ti, S), Dosovitskiy et al. 2021 table 1 (B, L)
@@ -27,26 +27,6 @@ SIZES = {  # Touvron et al. 2021 (Ti, S), Dosovitskiy et al. 2021 table 1 (B, L)
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 POOLS = {'cls': True, 'mean': False, 'cls_mean': True, 'map': False}  # needs a CLS token?
 POSITIONS = ('sincos2d', 'learned')
-
-
-def sincos2d(rows: int, columns: int, width: int, temperature: float = 10000.0) -> np.ndarray:
-    """Fixed 2-D positions: half of the channels for the row, half for the column.
-
-    Args:
-        rows, columns: patches in the grid.
-        width: channels, divisible by 4.
-        temperature: the longest wavelength is 2π times about this many patches.
-
-    Returns:
-        [rows * columns, width] float32 `[sin(rω), cos(rω), sin(cω), cos(cω)]` with
-        ω_i = temperature^(−i / (width / 4)), patches in row-major order.
-
-    Source: MoCo v3 (Chen et al. 2021, arXiv:2104.02057), section 5; equal to its code.
-    """
-    omega = temperature ** (-np.arange(width // 4) / (width // 4))
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    angles = [row[:, None] * omega[None, :], column[:, None] * omega[None, :]]
-    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1, dtype=np.float32)
 
 
 class ViT(nn.Module):
