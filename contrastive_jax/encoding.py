@@ -219,6 +219,24 @@ class Trained:
         return np.concatenate(parts)[:count] if parts else np.zeros((0, self.outputs[name]), 'f4')
 
 
+def weights_of(path: str | os.PathLike) -> weights.Weights:
+    """The encoder of a run's newest checkpoint, or of a file, by itself.
+
+    Raises:
+        UserError: see `load`.
+    """
+    if weights.is_file(path):
+        return weights.read(path)
+    config = program.config_of(path)
+    state = checkpoint.weights(path, checkpoint.newest(path))
+    plain = config.copy_and_resolve_references()
+    plain.update({'microbatch': 0, 'remat': False})
+    found = program.build_method(plain, {}).encoders(*state)
+    vocabulary = next(iter(text.files(path)), None) if 'text' in found else None
+    tokenizer = (vocabulary.name, vocabulary.read_bytes()) if vocabulary else None
+    return weights.Weights(plain, found, os.fspath(path), tokenizer)
+
+
 def _tokenizer_of(workdir: str | os.PathLike, config: Config) -> text.Tokenizer:
     d = config.data.text
     return text.open_tokenizer(workdir, length=d.length, lower=d.lower)

@@ -15,6 +15,8 @@ from contrastive_jax.heads import MLP
 from contrastive_jax.method import Batch, Encoders, Tree
 from contrastive_jax.network import Network, check_views
 
+SIMILARITY = ('logit_scale', 'logit_bias')  # parameters of methods, where they learn them
+
 
 class Towers:
     """An image and a text encoder, each with a linear projection (no bias) into the shared space.
@@ -100,7 +102,8 @@ class Towers:
         }
         if not self.locked:
             found['image_projection'] = image['projection'], extra['stats']['projection']
-        return found
+        learned = {name: params[name] for name in SIMILARITY if name in params}
+        return {**found, 'similarity': (learned, {})}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

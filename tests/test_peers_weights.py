@@ -3,7 +3,8 @@ them and as `export` writes them back: equal features.
 
 They need PyTorch, which nothing else here does, so these tests are skipped where it is missing:
 
-    pip install torch timm transformers open_clip_torch && python -m pytest tests/test_peers_weights.py
+    pip install torch timm transformers open_clip_torch
+    python -m pytest tests/test_peers_weights.py
 """
 
 import json

@@ -46,7 +46,7 @@ class Vocabulary(NamedTuple):
 
 
 class Tokenizer:
-    """Texts to rows of ids below `vocabulary`; may be called from several threads.
+    """Texts to rows of ids below `vocabulary`, `end` the last; may be called from several threads.
 
     `seen` and `truncated` count the texts so far and those that were cut to `length`; `name` and
     `content` are of its file.
@@ -64,6 +64,7 @@ class Tokenizer:
             raise UserError(f'tokenizer: got length {length}, expected at least 3.')
         self.name, self.content = FILES[suffix], content
         self.vocabulary, self.length, self.normalise = vocabulary.size, length, normalise
+        self.end = vocabulary.end
         self.seen = self.truncated = 0
         self._vocabulary, self._lock = vocabulary, threading.Lock()
 

@@ -22,11 +22,12 @@ from contrastive_jax.data import text
 from contrastive_jax.heads import MLP
 from contrastive_jax.method import Batch, Encode, Encoders, Tree
 from contrastive_jax.network import Network
+from contrastive_jax.towers import SIMILARITY
 from contrastive_jax.weights import beside, families, names, positions
 from contrastive_jax.weights.files import SUFFIXES, File, is_file
 
 KEY = 'contrastive_jax'  # of our own files' metadata
-TOWERS = ('image', 'image_projection', 'text', 'text_projection')
+TOWERS = ('image', 'image_projection', 'text', 'text_projection', 'similarity')
 # What of config.data an encoder needs to see pictures as it did in training.
 SEEING = ('image_size', 'mean', 'std', 'crop_fraction')
 
@@ -36,8 +37,7 @@ class Weights(NamedTuple):
 
     Attributes:
         config: 'model', 'text' ({} without) and of 'data' what it needs to see its inputs.
-        encoders: `(params, stats)` of 'image', and of 'text', 'image_projection' and
-            'text_projection' where there are some, as `Method.encoders`.
+        encoders: as `Method.encoders`.
         origin: the file's or the run's name.
         tokenizer: (file name, content) of the vocabulary; None: there is none.
     """
@@ -107,6 +107,9 @@ def read(
         shapes = _projection(rows, arrays) if tower.partition('_')[0] in found else {}
         if shapes:
             found[tower] = report.read(rows, arrays, shapes)
+    scalars = {n: np.asarray(file[n], np.float32) for n in SIMILARITY if n in file and texts}
+    if scalars:
+        found['similarity'] = {n: x.reshape(()) for n, x in scalars.items()}
     extra = [n for n in file if n not in report.used and not families.IGNORED.match(n)]
     report.finish(extra)
     ignored = left_out + len(file) - len(report.used)
@@ -179,7 +182,7 @@ def _with_positions(
     patch, there = options['patch'], _there(file, family)
     if image_size % patch:
         raise UserError(
-            f'{file.origin}: got image_size={image_size}; expected a multiple of the patch, {patch}.'
+            f'{file.origin}: got image_size={image_size}; expected a multiple of patch={patch}.'
         )
     table, cls = _table(file, family), int('cls_token' in there)
     count = options.get('registers', 0)
@@ -297,6 +300,22 @@ def described(weights: Weights) -> dict[str, Any]:
     return json.loads(
         json.dumps({'model': weights.config.model.to_dict(), 'text': texts, 'data': seeing})
     )
+
+
+def content(weights: Weights) -> bytes:
+    """Of a .safetensors file that `read` gives back, bit for bit."""
+    from safetensors.numpy import save
+
+    arrays = {}
+    for tower in TOWERS:
+        for kind, tree in zip(('params', 'stats'), weights.encoders.get(tower, ()), strict=False):
+            for path, x in names.flatten(tree).items():
+                arrays[f'{tower}/{kind}/{path}'] = np.ascontiguousarray(x).reshape(x.shape)
+    said = described(weights)
+    if weights.tokenizer:
+        said['tokenizer'], vocabulary = weights.tokenizer
+        arrays['tokenizer'] = np.frombuffer(vocabulary, np.uint8)
+    return save(arrays, {KEY: json.dumps(said)})
 
 
 def encoder(weights: Weights) -> tuple[Encode, tuple[Tree, Tree]]:

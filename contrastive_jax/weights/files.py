@@ -92,3 +92,12 @@ def _npz_shapes(arrays: Any) -> dict[str, tuple[int, ...]]:
 def digest(path: str | os.PathLike) -> str:
     """Of a file's content."""
     return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
+
+
+def write(content: bytes, path: str | os.PathLike) -> None:
+    """A file and its folder; whoever looks sees the old file or the new one, whole."""
+    file = epath.Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f'.{file.name}.tmp')
+    temporary.write_bytes(content)
+    temporary.replace(file)

@@ -2,8 +2,8 @@
 
 A table maps a module or a single parameter of ours to theirs. A module's parameters follow torch's
 conventions (a kernel is their weight with the outputs first); a single parameter is taken as it is,
-but for axes of length 1. In a table '{i}' stands for a block, '{s}' for a stage from 1 and '{z}' for
-one from 0.
+but for axes of length 1. In a table '{i}' stands for a block, '{s}' for a stage from 1, '{z}'
+from 0.
 """
 
 import math
