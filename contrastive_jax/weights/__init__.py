@@ -79,7 +79,7 @@ def read(
     options = families.image_options(family, file.shapes, said.model | dict(model or {}))
     texts = families.text_options(family, file.shapes, said.text)
     _check_heads(file.origin, options, texts)
-    data = {**family.data, **said.data}
+    data = {**families.seeing(family, options), **said.data}
     if 'image_size' not in data or image_size:
         data['image_size'] = image_size or _native(file, family, options)
     if data.get('interpolation') not in ('bicubic', 'bilinear'):

@@ -222,6 +222,13 @@ def image_options(family: Family, shapes: Shapes, given: Mapping[str, Any]) -> d
     return {**options, **given}
 
 
+def seeing(family: Family, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What pictures are usually normalised with and resized by."""
+    if options.get('norm_pre'):
+        return OPENAI
+    return HALF if options.get('pool') == 'map' else family.data
+
+
 def _vit(at: _Shapes) -> dict[str, Any]:
     width, _, patch, _ = at('patch_embedding/kernel') or (0,) * 4
     has_cls = at('cls_token') is not None
@@ -233,7 +240,7 @@ def _vit(at: _Shapes) -> dict[str, Any]:
     }
     # Only what is not the default, so that what is written of it stays short.
     if at('norm_pre/scale'):
-        options['norm_pre'] = True
+        options |= {'norm_pre': True, 'epsilon': 1e-5}  # as CLIP everywhere
     if not at('patch_embedding/bias'):
         options['patch_bias'] = False
     if at('block{i}/layer_scale1', i=0):
