@@ -53,6 +53,7 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
     for key in config:
         if key not in config_lib.base():
             raise config_lib.unknown('key', key, config_lib.base(), 'config')
+    config = program.complete(config)
     checkpoint.check(workdir, config.to_dict(), must_exist=eval_only)
     if config.method.get('locked') and not config.init_from:
         raise UserError(

@@ -119,9 +119,9 @@ def read(
         *(file.origin, family.name, _short(options), len(report.used), ignored),
         ' and a text encoder' if texts else '',
     )
-    where = ', '.join(said.files) or 'nothing lies beside it, so by what is usual for its kind'
+    where = f'by {", ".join(said.files)}' if said.files else 'as is usual for its kind'
     logging.info(
-        '%s: images of %d pixels, mean %s, std %s, %s (by %s); the centre square of others',
+        '%s: images of %d pixels, mean %s, std %s, %s (%s); of others the centre square',
         *(file.origin, data['image_size'], data['mean'], data['std'], data['interpolation'], where),
     )
     beside_it = beside.tokenizer(epath.Path(path)) if texts else None

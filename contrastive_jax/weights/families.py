@@ -218,8 +218,10 @@ def image_options(family: Family, shapes: Shapes, given: Mapping[str, Any]) -> d
     """
     at = _Shapes(family.image, shapes)
     options = {'name': family.model, **family.options}
-    options |= _OPTIONS[family.model](at)
-    return {**options, **given}
+    options |= {**_OPTIONS[family.model](at), **given}
+    if at('cls_token') and options['pool'] != 'cls':
+        options['cls_token'] = True
+    return options
 
 
 def seeing(family: Family, options: Mapping[str, Any]) -> Mapping[str, Any]:
