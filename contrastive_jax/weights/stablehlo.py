@@ -1,11 +1,13 @@
 """An encoder as a program of its own: weights and normalisation inside, any batch size."""
 
+import importlib.util
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from contrastive_jax import augment, weights
+from contrastive_jax.config import UserError
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -17,7 +19,12 @@ def make(found: weights.Weights, pixels: str = 'uint8') -> tuple[bytes, dict[str
     Args:
         found: the encoder.
         pixels: of images [B, S, S, 3], 'uint8', or 'float32' from 0 to 1.
+
+    Raises:
+        UserError: flatbuffers, in which JAX writes programs, is not installed.
     """
+    if importlib.util.find_spec('flatbuffers') is None:
+        raise UserError('stablehlo: needs flatbuffers: pip install flatbuffers')
     encode, (params, extra) = weights.encoder(found)
     d = found.config.data
     mean, std, size = tuple(d.mean), tuple(d.std), d.image_size
