@@ -103,7 +103,8 @@ def base() -> Config:
             'remat': False,
             # Split parameters, optimiser and target networks over the devices.
             'fsdp': False,
-            # A run's workdir whose encoders to start from, as far as the method has them.
+            # A run's workdir, or a file of weights, whose encoders to start from, as far as the
+            # method has them. What config.model does not set is as in the file.
             'init_from': '',
             # Steps between log lines, evaluations (0: at the start and the end) and checkpoints.
             'log_every': 50,

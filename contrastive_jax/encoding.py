@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,62 +10,90 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from contrastive_jax import augment, checkpoint, data, evals, parallel, program, views
+from contrastive_jax import augment, checkpoint, data, evals, parallel, program, views, weights
 from contrastive_jax import config as config_lib
 from contrastive_jax.config import Config, UserError
 from contrastive_jax.data import BadRecord, decode, pipeline, text
 from contrastive_jax.data.bad_records import BadRecords
-from contrastive_jax.method import Encode
+from contrastive_jax.method import Encode, Tree
 from contrastive_jax.program import Parts
 from contrastive_jax.state import TrainState
+from contrastive_jax.weights import files
 
 
-def load(workdir: str | os.PathLike, *, batch_size: int = 64) -> 'Trained':
-    """The encoder of a run's newest checkpoint, finished or not; the run's data is not needed.
+def load(
+    path: str | os.PathLike,
+    *,
+    batch_size: int = 64,
+    image_size: int | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> 'Trained':
+    """The encoder of a run's newest checkpoint, finished or not, or of a file of weights.
 
-        encoder = contrastive_jax.load('runs/clip')
+        encoder = contrastive_jax.load('runs/clip')  # or 'vit.safetensors'
         encoder(['a.jpg', 'b.png'])               # features [2, D]
         encoder(uint8_images_NHW3, 'embedding')   # [N, E], in the space shared with texts
         encoder.texts(['a dog on the beach'])     # [1, E]
 
     Args:
-        workdir: of the run; a path or a bucket's URL.
+        path: the run's workdir, a path or a bucket's URL, whose data is not needed; or a file of
+            weights, see `weights.read`: our own, or of timm, transformers, OpenCLIP, DINOv2, ...
         batch_size: pictures or texts that each device encodes at a time, at least 1. Fewer are
             padded to as many, so that each kind is compiled once. Rows have the same bits on any
             number of devices.
+        image_size, model: of a file alone, see `weights.read`.
 
     Raises:
-        UserError: no run in workdir, no complete checkpoint of it, batch_size below 1.
+        UserError: no run in path, no complete checkpoint of it, batch_size below 1; what
+            `weights.read` raises.
     """
-    return Trained(workdir, batch_size)
+    if weights.is_file(path):
+        found = weights.read(path, image_size=image_size, model=model)
+        encode, state = weights.encoder(found)
+        tokenizer = functools.partial(weights.tokenizer, found)
+        return Trained(path, found.config, encode, state, 0, tokenizer, batch_size)
+    if image_size or model:
+        raise UserError(f'{os.fspath(path)}: image_size and model are for files of weights.')
+    config, step = program.config_of(path), checkpoint.newest(path)
+    # Two notions of training that would tie the model to the run's batch.
+    plain = config.copy_and_resolve_references()
+    plain.update({'microbatch': 0, 'remat': False})
+    method = program.build_method(plain, {})
+    state = checkpoint.weights(path, step)
+    tokenizer = functools.partial(_tokenizer_of, path, config)
+    return Trained(path, config, method.encode, state, step, tokenizer, batch_size)
 
 
 class Trained:
     """A trained encoder on the devices of this process: see `load`.
 
     Attributes:
-        config: the run's.
-        workdir: of the run.
-        step: of the checkpoint.
+        config: the run's, or of a file what is known of it.
+        workdir: of the run; or the file.
+        step: of the checkpoint; 0 of a file.
         outputs: what there is of a picture, 'features' and maybe others, with its dimensions.
     """
 
-    def __init__(self, workdir: str | os.PathLike, batch_size: int):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        config: Config,
+        encode: Encode,
+        state: tuple[Tree, Tree],
+        step: int,
+        tokenizer: Callable[[], text.Tokenizer],
+        batch_size: int,
+    ):
         if batch_size < 1:
             raise UserError(f'batch_size: got {batch_size}, expected at least 1.')
-        self.workdir, self.config = os.fspath(workdir), program.config_of(workdir)
-        # Two notions of training that would tie the model to the run's batch.
-        config = self.config.copy_and_resolve_references()
-        config.update({'microbatch': 0, 'remat': False})
-        encode = program.build_method(config, {}).encode
-        self.step, d = checkpoint.newest(workdir), config.data
-        weights = checkpoint.weights(workdir, self.step)
+        self.workdir, self.config, self.step = os.fspath(workdir), config, step
+        self._tokenizer, d = tokenizer, config.data
         self._mesh = parallel.make_mesh(jax.local_devices())
         self._rows = batch_size * self._mesh.size
-        self._weights = jax.device_put(weights, parallel.replicated(self._mesh))
+        self._weights = jax.device_put(state, parallel.replicated(self._mesh))
         self._forward = _forward(encode, tuple(d.mean), tuple(d.std), parallel.rows(self._mesh))
         image = jax.ShapeDtypeStruct((1, d.image_size, d.image_size, 3), jnp.float32)
-        shapes = jax.eval_shape(encode, *weights, {'image': image})
+        shapes = jax.eval_shape(encode, *state, {'image': image})
         self.outputs = {name: x.shape[1] for name, x in shapes.items() if x.ndim == 2}
 
     def __call__(
@@ -143,18 +171,29 @@ class Trained:
 
     def check(self, name: str) -> None:
         """Raises UserError unless there is such an output."""
-        config_lib.choose('output', name, self.outputs, f'method {self.config.method.name!r}')
+        config_lib.choose('output', name, self.outputs, self._what)
 
     @functools.cached_property
     def tokenizer(self) -> text.Tokenizer:
-        """The run's; a UserError where the method reads no texts."""
+        """The run's or the file's; a UserError where the encoder reads no texts."""
         if not self.config.text:
             raise UserError(
-                f'{self.workdir}: the method {self.config.method.name!r} reads no texts; it gives '
+                f'{self.workdir}: {self._what} reads no texts; it gives '
                 f'{", ".join(self.outputs)} of pictures.'
             )
-        d = self.config.data.text
-        return text.open_tokenizer(self.workdir, length=d.length, lower=d.lower)
+        return self._tokenizer()
+
+    @property
+    def _what(self) -> str:
+        method = self.config.method.get('name')
+        return f'the method {method!r}' if method else 'the encoder'
+
+    def identity(self) -> dict[str, Any]:
+        """What is the same for two encoders that are one, at any step: the run's config as it was
+        written, or a digest of the file."""
+        if weights.is_file(self.workdir):
+            return {'file': files.digest(self.workdir)}
+        return checkpoint.read(self.workdir)
 
     def _run(
         self, batches: Iterator[dict[str, np.ndarray]], kind: str, name: str
@@ -178,6 +217,29 @@ class Trained:
     ) -> np.ndarray:
         parts = [x_bD for x_bD, _ in batches]
         return np.concatenate(parts)[:count] if parts else np.zeros((0, self.outputs[name]), 'f4')
+
+
+def weights_of(path: str | os.PathLike) -> weights.Weights:
+    """The encoder of a run's newest checkpoint, or of a file, by itself.
+
+    Raises:
+        UserError: see `load`.
+    """
+    if weights.is_file(path):
+        return weights.read(path)
+    config = program.config_of(path)
+    state = checkpoint.weights(path, checkpoint.newest(path))
+    plain = config.copy_and_resolve_references()
+    plain.update({'microbatch': 0, 'remat': False})
+    found = program.build_method(plain, {}).encoders(*state)
+    vocabulary = next(iter(text.files(path)), None) if 'text' in found else None
+    tokenizer = (vocabulary.name, vocabulary.read_bytes()) if vocabulary else None
+    return weights.Weights(plain, found, os.fspath(path), tokenizer)
+
+
+def _tokenizer_of(workdir: str | os.PathLike, config: Config) -> text.Tokenizer:
+    d = config.data.text
+    return text.open_tokenizer(workdir, length=d.length, lower=d.lower)
 
 
 class _Given:

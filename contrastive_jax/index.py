@@ -247,7 +247,7 @@ def _processes() -> dict[str, int]:
 
 
 def _about(encoder: Trained, kind: str, name: str, root: str) -> About:
-    kept = {k: v for k, v in checkpoint.read(encoder.workdir).items() if k not in checkpoint.FREE}
+    kept = {k: v for k, v in encoder.identity().items() if k not in checkpoint.FREE}
     run = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
     workdir = os.fspath(epath.Path(encoder.workdir).absolute())
     return About(workdir, run, encoder.step, kind, name, root)

@@ -61,7 +61,9 @@ class Method(NamedTuple):
         after: `(params, extra, progress) -> extra`, in the jitted step after the optimiser.
         refresh: None, or what happens after every epoch.
         encoders: `(params, extra) -> {'image': (params, stats)}`, and 'text' where there is one:
-            what the models' own `init` would give, for other runs and programs to start from.
+            what the models' own `init` would give, for other runs and programs to start from. Where
+            a linear layer leads into the space that both share, 'image_projection' and
+            'text_projection', and what scales their similarity, 'similarity', too.
     """
 
     init: Callable[[jax.Array, Batch, int], tuple[Tree, Tree]]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
-from contrastive_jax import augment, checkpoint, data, evals, models, optim, parallel
+from contrastive_jax import augment, checkpoint, data, evals, models, optim, parallel, weights
 from contrastive_jax import config as config_lib
 from contrastive_jax.config import Config, UserError
 from contrastive_jax.data import text
@@ -70,7 +70,8 @@ def build_parts(
         start = pretrained(config)
     if config.text:
         own = workdir if workdir and any(text.files(workdir)) else None
-        theirs = config.init_from if 'text' in start else None
+        of_run = 'text' in start and not weights.is_file(config.init_from)
+        theirs = config.init_from if of_run else None
         tokenizer = _tokenizer(config, own or theirs, splits['train'], other_data)
     program = build(config, mesh, len(splits['train']), start)
     return Parts(splits, bad, evaluators, tokenizer, program)
@@ -204,19 +205,31 @@ def build_method(config: Config, start: Encoders) -> Method:
 
 
 def pretrained(config: Config) -> Encoders:
-    """The encoders of the run that config.init_from names, as its newest checkpoint has them.
+    """The encoders of the run or the file that config.init_from names, a run's at its newest.
 
     A text encoder is of use only with the tokenizer that it was trained with, and where it sees the
-    same: it is left out where config.text or config.data.text differ.
+    same: it is left out where config.text or config.data.text differ; of a file, too, where
+    config.data.text.tokenizer does not name its vocabulary.
 
     Raises:
-        UserError: there is no run in that workdir, or no complete checkpoint of it.
+        UserError: there is no run in that workdir, or no complete checkpoint of it; what
+            `weights.read` raises.
     """
     workdir = config.init_from
-    theirs = config_of(workdir)
-    weights = checkpoint.weights(workdir, checkpoint.newest(workdir))
-    found = build_method(theirs, {}).encoders(*weights)
+    if weights.is_file(workdir):
+        read = weights.read(workdir, image_size=config.data.image_size)
+        theirs, found = read.config, dict(read.encoders)
+    else:
+        theirs = config_of(workdir)
+        state = checkpoint.weights(workdir, checkpoint.newest(workdir))
+        found = build_method(theirs, {}).encoders(*state)
     texts = [(c.text.to_dict(), c.data.text.to_dict()) for c in (config, theirs)]
+    if weights.is_file(workdir) and config.text and config.data.text.tokenizer:
+        sizes = [[c.data.text.get(n) for n in ('vocabulary', 'length')] for c in (config, theirs)]
+        texts = [
+            ({k: v for k, v in spec.items() if k in theirs.text}, size)
+            for (spec, _), size in zip(texts, sizes, strict=True)
+        ]
     if 'text' in found and texts[0] != texts[1]:
         logging.info('%s: its text encoder reads other texts and is left out', workdir)
         found.pop('text')
@@ -273,6 +286,31 @@ def other_data(config: Config, workdir: str) -> str:
         return ''
     parts = config.data.source, epath.Path(config.data.root).name, config.data.captions
     return '_'.join(['on', *(re.sub(r'\W+', '_', p).strip('_') for p in parts if p)])
+
+
+def complete(config: Config) -> Config:
+    """With what only the file of weights knows, where config.init_from is one.
+
+    What config.model and config.text do not set is as the file's encoders have it: activation,
+    epsilon, positions, ... What they set stays, and must fit.
+
+    Raises:
+        UserError: see `weights.read`.
+    """
+    if not config.init_from or not weights.is_file(config.init_from):
+        return config
+    theirs = weights.read(config.init_from, image_size=config.data.image_size).config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        for key in ('model', 'text'):
+            ours = config[key].to_dict()
+            if ours and theirs[key].get('name') == ours.get('name'):
+                # 'size' stands for these, and the shapes are compared later.
+                sized = ('width', 'depth', 'heads', 'blocks', 'widths', 'block')
+                known = theirs[key].to_dict()
+                known = {k: v for k, v in known.items() if 'size' not in ours or k not in sized}
+                config[key] = known | ours
+    return config
 
 
 def config_of(workdir: str | os.PathLike) -> Config:

@@ -15,6 +15,8 @@ from contrastive_jax.heads import MLP
 from contrastive_jax.method import Batch, Encoders, Tree
 from contrastive_jax.network import Network, check_views
 
+SIMILARITY = ('logit_scale', 'logit_bias')  # parameters of methods, where they learn them
+
 
 class Towers:
     """An image and a text encoder, each with a linear projection (no bias) into the shared space.
@@ -92,11 +94,16 @@ class Towers:
 
     def encoders(self, params: Tree, extra: Tree) -> Encoders:
         """`Method.encoders`."""
-        image = extra.get('frozen', params)['encoder']
-        return {
-            'image': (image, extra['stats']['encoder']),
-            'text': (params['text']['encoder'], extra['text_stats']['encoder']),
+        image, text = extra.get('frozen', params), params['text']
+        found = {
+            'image': (image['encoder'], extra['stats']['encoder']),
+            'text': (text['encoder'], extra['text_stats']['encoder']),
+            'text_projection': (text['projection'], extra['text_stats']['projection']),
         }
+        if not self.locked:
+            found['image_projection'] = image['projection'], extra['stats']['projection']
+        learned = {name: params[name] for name in SIMILARITY if name in params}
+        return {**found, 'similarity': (learned, {})}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

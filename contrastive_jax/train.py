@@ -58,7 +58,7 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
     for key in config:
         if key not in config_lib.base():
             raise config_lib.unknown('key', key, config_lib.base(), 'config')
-    config = program.resolve(config, workdir, eval_only)
+    config = program.complete(program.resolve(config, workdir, eval_only))
     free = program.LOOKED_AT if eval_only else ()
     checkpoint.check(workdir, config.to_dict(), must_exist=eval_only, free=free)
     if config.method.get('locked') and not config.init_from:

@@ -46,7 +46,7 @@ class Vocabulary(NamedTuple):
 
 
 class Tokenizer:
-    """Texts to rows of ids below `vocabulary`; may be called from several threads.
+    """Texts to rows of ids below `vocabulary`, `end` the last; may be called from several threads.
 
     `seen` and `truncated` count the texts so far and those that were cut to `length`; `name` and
     `content` are of its file.
@@ -64,6 +64,7 @@ class Tokenizer:
             raise UserError(f'tokenizer: got length {length}, expected at least 3.')
         self.name, self.content = FILES[suffix], content
         self.vocabulary, self.length, self.normalise = vocabulary.size, length, normalise
+        self.end = vocabulary.end
         self.seen = self.truncated = 0
         self._vocabulary, self._lock = vocabulary, threading.Lock()
 
@@ -122,8 +123,13 @@ def open_tokenizer(path: str | os.PathLike, *, length: int, lower: bool) -> Toke
         file = next(iter(files(file)), file / FILES['.json'])
     if not file.exists():
         raise UserError(f'tokenizer: {str(file)!r} does not exist. {EXPECTED}')
-    content = file.read_bytes()
-    suffix = file.suffix if file.suffix in FILES else '.json'
+    return read_tokenizer(file.name, file.read_bytes(), length=length, lower=lower)
+
+
+def read_tokenizer(name: str, content: bytes, *, length: int, lower: bool) -> Tokenizer:
+    """As `open_tokenizer`, of a file's name and content."""
+    suffix = os.path.splitext(name)[1]
+    suffix = suffix if suffix in FILES else '.json'
 
     normalise: Callable[[str], str] = functools.partial(_normal, lower=lower)
     try:
@@ -140,9 +146,9 @@ def open_tokenizer(path: str | os.PathLike, *, length: int, lower: bool) -> Toke
     except UserError:
         raise
     except Exception as error:  # each library has its own, tokenizers' is Exception itself
-        raise UserError(f'tokenizer: cannot read {str(file)!r}: {error}. {EXPECTED}') from error
+        raise UserError(f'tokenizer: cannot read {name!r}: {error}. {EXPECTED}') from error
     if vocabulary.end < 0:
-        raise UserError(f'tokenizer: {str(file)!r} has no token that ends a text: {ENDS}.')
+        raise UserError(f'tokenizer: {name!r} has no token that ends a text: {ENDS}.')
     return Tokenizer(vocabulary, normalise, length, content, suffix)
 
 

@@ -75,14 +75,15 @@ def _given(given: Pretrained, params: Any, stats: Any) -> tuple[Any, Any]:
         UserError: they are not; the first differences are listed.
     """
 
-    def shapes(*trees: Any) -> dict[str, tuple[int, ...]]:
-        return {
-            jax.tree_util.keystr(path, simple=True, separator='/'): x.shape
-            for tree in trees
-            for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        }
+    def name(path: Any) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator='/')
 
-    ours, theirs = shapes(params, stats), shapes(given.params, given.stats)
+    def by_name(*trees: Any) -> dict[str, Any]:
+        leaves = [leaf for tree in trees for leaf in jax.tree_util.tree_leaves_with_path(tree)]
+        return {name(path): x for path, x in leaves}
+
+    ours = {n: x.shape for n, x in by_name(params, stats).items()}
+    theirs = {n: x.shape for n, x in by_name(given.params, given.stats).items()}
     names = [n for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)]
     if names:
         listed = [
@@ -93,7 +94,16 @@ def _given(given: Pretrained, params: Any, stats: Any) -> tuple[Any, Any]:
             f'config.init_from: the weights of {given.origin} do not fit this encoder; '
             f'{len(names)} differ, first:{"".join(listed)}'
         )
-    return jax.tree.map(jnp.asarray, (given.params, given.stats))
+    # What is frozen here and learned there, or the reverse, changes sides.
+    found = by_name(given.params, given.stats)
+
+    def start(path: Any, _: Any) -> jax.Array:
+        return jnp.asarray(found[name(path)])
+
+    return (
+        jax.tree_util.tree_map_with_path(start, params),
+        jax.tree_util.tree_map_with_path(start, stats),
+    )
 
 
 def apply(

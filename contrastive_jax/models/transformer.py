@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from contrastive_jax.blocks import ACTIVATIONS, Block
 from contrastive_jax.config import UserError, choose
-from contrastive_jax.models.vit import DTYPES, Block
+from contrastive_jax.models.vit import DTYPES
 
 POOLS = ('last', 'first', 'mean')
 
@@ -27,6 +28,9 @@ class Transformer(nn.Module):
     pool: str
     remat: bool
     dtype: jnp.dtype
+    activation: str = 'gelu_tanh'
+    epsilon: float = 1e-6
+    padding: int | None = None
 
     @nn.compact
     def __call__(self, ids_BT: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -35,6 +39,10 @@ class Transformer(nn.Module):
             raise UserError(
                 f'config.text: got texts of {length} tokens; expected at most {self.length}.'
             )
+        if self.padding is not None:
+            missing = ((0, 0), (0, self.length - length))
+            ids_BT = jnp.pad(ids_BT, missing, constant_values=-1)
+            ids_BT, length = jnp.where(ids_BT < 0, self.padding, ids_BT), self.length
         normal = nn.initializers.normal
         # CLIP's: 0.02 and 0.01
         table = self.param('token_embedding', normal(0.02), (self.vocabulary, self.width))
@@ -50,9 +58,16 @@ class Transformer(nn.Module):
         x = rearrange(x.astype(self.dtype), 'B T D -> (B T) D')
         block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
         for i in range(self.depth):
-            layer = block(self.heads, self.hidden, self.dtype, name=f'block{i}')
+            layer = block(
+                self.heads,
+                self.hidden,
+                self.dtype,
+                activation=self.activation,
+                epsilon=self.epsilon,
+                name=f'block{i}',
+            )
             x, _ = layer(x, batch, train, seen)
-        x = nn.LayerNorm(dtype=jnp.float32, name='norm')(x)
+        x = nn.LayerNorm(epsilon=self.epsilon, dtype=jnp.float32, name='norm')(x)
         x = rearrange(x, '(B T) D -> B T D', B=batch)
 
         if self.pool == 'first':
@@ -76,6 +91,9 @@ def make(
     causal: bool = True,
     pool: str = 'last',
     mlp_ratio: float = 4.0,
+    activation: str = 'gelu_tanh',
+    epsilon: float = 1e-6,
+    padding: int | None = None,
     remat: bool = False,
     dtype: str = 'float32',
 ) -> Transformer:
@@ -92,6 +110,9 @@ def make(
         pool: what features are: the 'last' token (CLIP's end of text; SigLIP's last), the 'first'
             or the 'mean'.
         mlp_ratio: hidden width of the MLP over width, above 0.
+        activation, epsilon: see `vit.make`.
+        padding: an id that fills texts up to `length` and is a token as others are, seen and, if
+            'last', pooled (SigLIP's published models); None: nothing sees what is behind a text.
         remat, dtype: see `vit.make`.
 
     Raises:
@@ -104,12 +125,16 @@ def make(
     """
     where = 'config.text'
     numbers = {'vocabulary': vocabulary, 'length': length, 'width': width, 'depth': depth}
-    for key, value in (numbers | {'heads': heads, 'mlp_ratio': mlp_ratio}).items():
+    numbers |= {'heads': heads, 'mlp_ratio': mlp_ratio, 'epsilon': epsilon}
+    for key, value in numbers.items():
         if value <= 0:
             raise UserError(f'{where}.{key}: got {value}; expected more than 0.')
     if width % heads:
         raise UserError(f'{where}: got width={width}, heads={heads}; heads must divide width.')
     choose('pool', pool, dict.fromkeys(POOLS), where)
+    choose('activation', activation, ACTIVATIONS, where)
+    if padding is not None and not 0 <= padding < vocabulary:
+        raise UserError(f'{where}.padding: got {padding}; expected an id below {vocabulary}.')
     if causal and pool == 'first':
         raise UserError(
             f"{where}: got pool='first' and causal=True: the first token sees no other."
@@ -125,4 +150,7 @@ def make(
         pool=pool,
         remat=remat,
         dtype=choose('dtype', dtype, DTYPES, where),
+        activation=activation,
+        epsilon=epsilon,
+        padding=padding,
     )

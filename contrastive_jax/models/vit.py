@@ -1,7 +1,7 @@
 """Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929): pre-norm, any image size.
 
-Dimension key: B batch, H W image, C channels, P patch, N patches, T tokens (N, or N + 1 with CLS),
-D width, K heads, F width of a head.
+Dimension key: B batch, H W image, C channels, P patch, N patches, T tokens (N and what is before
+them), D width, K heads.
 """
 
 import math
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from contrastive_jax.blocks import ACTIVATIONS, MAP, Block, sincos2d, xavier
 from contrastive_jax.config import UserError, choose
 
 SIZES = {  # Touvron et al. 2021 (Ti, S), Dosovitskiy et al. 2021 table 1 (B, L)
@@ -24,104 +25,8 @@ SIZES = {  # Touvron et al. 2021 (Ti, S), Dosovitskiy et al. 2021 table 1 (B, L)
     'custom': {},
 }
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
-POOLS = {'cls': True, 'mean': False}  # has a CLS token?
+POOLS = {'cls': True, 'mean': False, 'cls_mean': True, 'map': False}  # needs a CLS token?
 POSITIONS = ('sincos2d', 'learned')
-
-# Initialisation as MoCo v3 (Chen et al. 2021): Xavier-uniform kernels, zero biases, and each of
-# q, k, v as a matrix of its own: sqrt(6 / (D + D)) = sqrt(3 / D), the bound of LeCun-uniform.
-xavier = nn.initializers.xavier_uniform()
-xavier_qkv = nn.initializers.lecun_uniform()
-
-
-def sincos2d(rows: int, columns: int, width: int, temperature: float = 10000.0) -> np.ndarray:
-    """Fixed 2-D positions: half of the channels for the row, half for the column.
-
-    Args:
-        rows, columns: patches in the grid.
-        width: channels, divisible by 4.
-        temperature: the longest wavelength is 2π times about this many patches.
-
-    Returns:
-        [rows * columns, width] float32 `[sin(rω), cos(rω), sin(cω), cos(cω)]` with
-        ω_i = temperature^(−i / (width / 4)), patches in row-major order.
-
-    Source: MoCo v3 (Chen et al. 2021, arXiv:2104.02057), section 5; equal to its code.
-    """
-    omega = temperature ** (-np.arange(width // 4) / (width // 4))
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    angles = [row[:, None] * omega[None, :], column[:, None] * omega[None, :]]
-    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1, dtype=np.float32)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention of tokens that are flattened to [B T, D]; softmax in float32.
-
-    Returns them and the softmax's weights [B, K, T, T], of each token (third axis) over all.
-    `seen`, bool [B, T, T] or [1, T, T], says which tokens (last axis) each one sees; None: all.
-    """
-
-    heads: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, batch: int, seen: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        width = x.shape[-1]
-        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=xavier_qkv, name='qkv')(x)
-        q, k, v = rearrange(
-            qkv, '(B T) (three K F) -> three B K T F', B=batch, three=3, K=self.heads
-        )
-        q = q * (width // self.heads) ** -0.5
-        scores = jnp.einsum('BKTF,BKSF->BKTS', q, k, preferred_element_type=jnp.float32)
-        if seen is not None:
-            # Not −inf: a token that sees nothing must not become NaN.
-            scores = jnp.where(seen[:, None], scores, jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        x = rearrange(jnp.einsum('BKTS,BKSF->BKTF', weights, v), 'B K T F -> (B T) (K F)')
-        return nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name='out')(x), weights
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), on tokens that are flattened to [B T, D].
-
-    Each branch is scaled per channel (layer_scale, its initial value) and, in training, left out
-    for a share drop_path of the images; both as in `make`. Returns the tokens and, but in training,
-    the attention's weights.
-    """
-
-    heads: int
-    hidden: int
-    dtype: jnp.dtype
-    drop_path: float = 0.0
-    layer_scale: float | None = None
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, batch: int, train: bool = False, seen: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        y = nn.LayerNorm(dtype=self.dtype, name='norm1')(x)
-        y, weights = Attention(self.heads, self.dtype, name='attention')(y, batch, seen)
-        x = x + self._branch('layer_scale1', y, batch, train)
-        y = nn.LayerNorm(dtype=self.dtype, name='norm2')(x)
-        y = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, name='mlp1')(y)
-        # Paper: exact GELU; here: its tanh form, because exact takes twice as long on a CPU.
-        y = nn.gelu(y, approximate=True)
-        y = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name='mlp2')(y)
-        return x + self._branch('layer_scale2', y, batch, train), None if train else weights
-
-    def _branch(self, name: str, y: jax.Array, batch: int, train: bool) -> jax.Array:
-        """What is added to the residual stream of a branch's output."""
-        if self.layer_scale is not None:
-            start = nn.initializers.constant(self.layer_scale)
-            y = y * self.param(name, start, (y.shape[-1],)).astype(y.dtype)[None, :]
-        # A teacher has no key: it sees its batch's statistics, but drops nothing (DINO).
-        if not (train and self.drop_path and self.has_rng('drop_path')):
-            return y
-        keep = 1.0 - self.drop_path
-        kept_B11 = jax.random.bernoulli(self.make_rng('drop_path'), keep, (batch, 1, 1))
-        images = y.reshape(batch, -1, y.shape[-1])
-        return jnp.where(kept_B11, images / keep, 0.0).reshape(y.shape)
 
 
 class ViT(nn.Module):
@@ -139,6 +44,12 @@ class ViT(nn.Module):
     drop_path: float = 0.0
     layer_scale: float | None = None
     freeze_patch_embedding: bool = False
+    activation: str = 'gelu_tanh'
+    epsilon: float = 1e-6
+    norm_pre: bool = False
+    patch_bias: bool = True
+    registers: int = 0
+    cls_token: bool = True
 
     @nn.compact
     def __call__(
@@ -163,44 +74,72 @@ class ViT(nn.Module):
             token = self.param('mask_token', nn.initializers.zeros, (1, 1, self.width))
             x = jnp.where(mask[:, :, None], token.astype(x.dtype), x)
 
-        has_cls = POOLS[self.pool]
+        has_cls = self.cls_token
         if has_cls:  # std 1e-6: MoCo v3, from timm
             cls = self.param('cls_token', nn.initializers.normal(1e-6), (1, 1, self.width))
             cls = jnp.broadcast_to(cls.astype(x.dtype), (batch, 1, self.width))
             x = jnp.concatenate([cls, x], axis=1)
         x = x + self._positions(rows, columns, has_cls).astype(x.dtype)
+        first = has_cls + self.registers  # of the patches
+        if self.registers:
+            start = nn.initializers.normal(1e-6)
+            more = self.param('register_tokens', start, (1, self.registers, self.width))
+            more = jnp.broadcast_to(more.astype(x.dtype), (batch, *more.shape[1:]))
+            x = jnp.concatenate([x[:, : int(has_cls)], more, x[:, int(has_cls) :]], axis=1)
 
         # One matrix [B T, D] from here on: XLA on CPU takes half the time over 2-D products.
         x = rearrange(x, 'B T D -> (B T) D')
+        layer_norm = partial(nn.LayerNorm, epsilon=self.epsilon)
+        if self.norm_pre:
+            x = layer_norm(dtype=self.dtype, name='norm_pre')(x)
         block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
         blocks: list[jax.Array] = []
         weights = None
         for i, drop in enumerate(np.linspace(0.0, self.drop_path, self.depth).tolist()):
             x, weights = block(
-                self.heads, self.hidden, self.dtype, drop, self.layer_scale, name=f'block{i}'
+                self.heads,
+                self.hidden,
+                self.dtype,
+                drop,
+                self.layer_scale,
+                self.activation,
+                self.epsilon,
+                name=f'block{i}',
             )(x, batch, train)
             blocks.append(x)
-        norm = nn.LayerNorm(dtype=jnp.float32, name='norm')
+        norm = layer_norm(dtype=jnp.float32, name='norm')
 
         def tokens(x: jax.Array) -> jax.Array:
             return rearrange(norm(x), '(B T) D -> B T D', B=batch)
 
         def pool(x_BTD: jax.Array) -> jax.Array:
-            return x_BTD[:, 0] if has_cls else x_BTD.mean(axis=1)
+            if self.pool == 'cls':
+                return x_BTD[:, 0]
+            mean_BD = x_BTD[:, first:].mean(axis=1)
+            both = self.pool == 'cls_mean'
+            return jnp.concatenate([x_BTD[:, 0], mean_BD], axis=1) if both else mean_BD
 
         x = tokens(x)
-        named = {'cls': x[:, 0], 'patches': x[:, 1:]} if has_cls else {'patches': x}
+        features, named = pool(x), {'patches': x[:, first:]}
+        if has_cls:
+            named['cls'] = x[:, 0]
+        if self.pool == 'map':
+            probe = MAP(self.heads, self.hidden, self.activation, self.epsilon, name='pool')
+            features = probe(named['patches'])
         if weights is not None:
-            pooled = [pool(tokens(y)) for y in blocks[:-1]] + [pool(x)]
+            pooled = [pool(tokens(y)) for y in blocks[:-1]] + [features]
             named |= {f'block{i}': y for i, y in enumerate(pooled)}
             named['last4'] = jnp.concatenate(pooled[-4:], axis=1)
             weights = weights.astype(jnp.float32)
-            named['attention'] = weights[:, :, 0, 1:] if has_cls else weights.mean(axis=2)
-        return pool(x), named
+            of_cls = weights[:, :, 0, first:]
+            named['attention'] = of_cls if has_cls else weights[:, :, first:, first:].mean(axis=2)
+        return features, named
 
     def _embed(self, x: jax.Array) -> jax.Array:
         """The patch projection, [B N, P P C] -> [B N, D]."""
-        projection = partial(nn.Dense, self.width, dtype=self.dtype, kernel_init=xavier)
+        projection = partial(
+            nn.Dense, self.width, self.patch_bias, dtype=self.dtype, kernel_init=xavier
+        )
         if not self.freeze_patch_embedding:
             return projection(name='patch_embedding')(x)
         # Not among the parameters, where weight decay would shrink it: it lies beside the running
@@ -268,17 +207,24 @@ def make(
     drop_path: float = 0.0,
     layer_scale: float | None = None,
     freeze_patch_embedding: bool = False,
+    activation: str = 'gelu_tanh',
+    epsilon: float = 1e-6,
+    norm_pre: bool = False,
+    patch_bias: bool = True,
+    registers: int = 0,
+    cls_token: bool | None = None,
     remat: bool = False,
     dtype: str = 'float32',
 ) -> ViT:
     """A ViT for images whose height and width are multiples of `patch`, square or not.
 
     Called as `module(x_BHWC, train, mask)`, it returns features [B, D] after the final LayerNorm
-    and `{'patches': [B, N, D]}`, with `'cls': [B, D]` too if pool is 'cls'; all float32. With
-    train=False there are also 'block0', 'block1', ... [B, D], what is pooled after each block and
-    the final LayerNorm; 'last4' [B, 4 D], those of the last four blocks (DINO's linear probe); and
-    'attention' [B, K, N], the weights that the patches get in each head of the last block, from
-    CLS, or without one on the average of the patches.
+    and `{'patches': [B, N, D]}`, with `'cls': [B, D]` too where there is a CLS token; all float32.
+    With train=False there are also 'block0', 'block1', ... [B, D], what is pooled after each block
+    and the final LayerNorm (with 'map' the patches' mean, but for the last); 'last4' [B, 4 D],
+    those of the last four blocks (DINO's linear probe); and 'attention' [B, K, N], the weights that
+    the patches get in each head of the last block, from CLS, or without one on the average of the
+    patches.
 
     A mask, bool [B, N], is optional: where it is True a learned token, which starts at zero, takes
     the place of the patch, before positions are added (BEiT, Bao et al. 2022, arXiv:2106.08254;
@@ -290,7 +236,9 @@ def make(
         width, depth, heads: set, they replace those of `size` (MoCo v3's ViT-S has 12 heads).
             width is a multiple of heads, and of 4 with sincos2d.
         patch: side of a patch in pixels, at least 1.
-        pool: 'cls' (features are the CLS token) or 'mean' (of the patches; there is no CLS token).
+        pool: what features are: the 'cls' token; the 'mean' of the patches; 'cls_mean', the one
+            behind the other [B, 2 D] (DINOv2's linear probe); or 'map', what a learned probe
+            attends to among the patches, see `MAP` (SigLIP).
         position: 'sincos2d' (fixed, see `sincos2d`; zeros for CLS; smaller images have the first
             rows and columns of larger ones), or 'learned' (initialised at 0.02, one for each patch
             of the first images; those of a square grid are resampled for images of another number
@@ -306,6 +254,14 @@ def make(
         freeze_patch_embedding: the patch projection stays as it was initialised, which keeps ViTs
             stable (MoCo v3, section 4.1). It is then in the module's stats, not in its params:
             no gradient, no weight decay, no target network moves it.
+        activation: 'gelu_tanh', 'gelu' or 'quick_gelu' (x σ(1.702 x), OpenAI's CLIP). Paper: exact
+            GELU; here by default: its tanh form, because exact takes twice as long on a CPU.
+        epsilon: of every LayerNorm, above 0.
+        norm_pre: a LayerNorm in front of the first block (CLIP).
+        patch_bias: whether the patch projection has a bias (CLIP's has none).
+        registers: learned tokens [R, D] between CLS and patches, without a position, which no
+            output has (Darcet et al. 2024, arXiv:2309.16588).
+        cls_token: whether there is a CLS token; None: where `pool` needs one.
         remat: keep no activations within a block but compute them again for the gradient: less
             memory, a third more time.
         dtype: of the computation, 'float32' or 'bfloat16'. Parameters, softmax, the statistics of
@@ -326,7 +282,7 @@ def make(
     for key in given:
         if key not in shape:
             raise UserError(f'{where}: size={size!r} needs the key {key!r}, which is not set.')
-    numbers = shape | {'patch': patch, 'mlp_ratio': mlp_ratio}
+    numbers = shape | {'patch': patch, 'mlp_ratio': mlp_ratio, 'epsilon': epsilon}
     numbers |= {} if layer_scale is None else {'layer_scale': layer_scale}
     for key, value in numbers.items():
         if value <= 0:
@@ -335,7 +291,12 @@ def make(
         raise UserError(f'{where}.drop_path: got {drop_path}; expected at least 0 and below 1.')
     width, heads = shape['width'], shape['heads']
     choose('position', position, dict.fromkeys(POSITIONS), where)
-    choose('pool', pool, POOLS, where)
+    needs_cls = choose('pool', pool, POOLS, where)
+    choose('activation', activation, ACTIVATIONS, where)
+    if registers < 0:
+        raise UserError(f'{where}.registers: got {registers}; expected at least 0.')
+    if cls_token is False and needs_cls:
+        raise UserError(f'{where}.cls_token: got False; pool={pool!r} needs the token.')
     if width % heads:
         raise UserError(f'{where}: got width={width}, heads={heads}; heads must divide width.')
     if position == 'sincos2d' and width % 4:
@@ -353,4 +314,10 @@ def make(
         drop_path=drop_path,
         layer_scale=layer_scale,
         freeze_patch_embedding=freeze_patch_embedding,
+        activation=activation,
+        epsilon=epsilon,
+        norm_pre=norm_pre,
+        patch_bias=patch_bias,
+        registers=registers,
+        cls_token=needs_cls if cls_token is None else cls_token,
     )
