@@ -318,13 +318,12 @@ def test_loss_equals_its_textbook_form(name):
 
 
 @pytest.mark.slow
-def test_losses_equal_the_papers_on_all_devices_and_tiles():
-    for shape in NT_XENT_SHAPES:
-        check_nt_xent(shape, ALL)
-    for shape in INFO_NCE_SHAPES:
-        check_info_nce(shape, ALL)
-    for name in CASES:
-        check_case(name, SHAPES, ALL, 10)
+@pytest.mark.parametrize('case', [*NT_XENT_SHAPES, *INFO_NCE_SHAPES, *CASES], ids=str)
+def test_losses_equal_the_papers_on_all_devices_and_tiles(case):
+    if case in CASES:
+        check_case(case, SHAPES, ALL, 10)
+    else:
+        (check_nt_xent if case in NT_XENT_SHAPES else check_info_nce)(case, ALL)
 
 
 def check_nt_xent(shape, grid):

@@ -98,7 +98,8 @@ def on_one_device(monkeypatch):
 
 
 def test_features_are_those_that_evaluators_see(clip, simclr):
-    for workdir, names in ((clip, ['features', 'embedding']), (simclr, ['features'])):
+    layers = ['features', 'block0', 'last4']
+    for workdir, names in ((clip, ['embedding', *layers]), (simclr, layers)):
         parts, theirs = encoding.open_run(str(workdir))
         source = parts.splits['test']
         images = np.stack([source[i]['image'] for i in range(100)])
@@ -161,7 +162,7 @@ def test_the_data_need_not_be_there(clip, tmp_path):
 
 def test_what_cannot_be_encoded_is_said_by_name(clip, simclr, tmp_path):
     encoder = contrastive_jax.load(simclr, batch_size=1)
-    with pytest.raises(UserError, match=r"'simclr'.*'embedding'.*Exists: 'features'"):
+    with pytest.raises(UserError, match=r"'simclr'.*'embedding'.*Exists: .*'features'"):
         encoder([], 'embedding')
     with pytest.raises(UserError, match=r"'simclr' reads no texts"):
         encoder.texts(['a'])
@@ -316,7 +317,7 @@ def test_an_index_of_another_encoder_is_refused(clip, simclr, photos, tmp_path, 
     encoder = contrastive_jax.load(clip)
     made = index.of_images(encoder, str(photos), 'embedding', 0.0)
     index.check(made, encoder)
-    with pytest.raises(UserError, match=r'another run.*simclr.* has features 16'):
+    with pytest.raises(UserError, match=r'another run.*simclr.* has .*features 16'):
         index.check(made, contrastive_jax.load(simclr))
     with pytest.raises(UserError, match=r'\(7 dimensions\)'):
         index.check(made._replace(rows_ND=made.rows_ND[:, :7]), encoder)

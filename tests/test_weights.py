@@ -303,7 +303,7 @@ np.savez(sys.argv[3], **out)
 """
 
 
-@pytest.mark.parametrize('pixels', ['uint8', 'float32'])
+@pytest.mark.parametrize('pixels', ['uint8', pytest.param('float32', marks=pytest.mark.slow)])
 def test_stablehlo_runs_without_this_package(clip, tmp_path, pixels):
     pytest.importorskip('flatbuffers')
     out = tmp_path / 'clip.stablehlo'

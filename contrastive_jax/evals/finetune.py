@@ -142,22 +142,19 @@ def make(
             return hits
 
         for name, labels in few.items():
-            starts: dict[str, list[float]] = {'': []}
+            pretrained: list[float] = []
+            starts: list[tuple[evals.Tower | None, Fit, list[float]]] = []
+            starts.append((encoder.tower, fit, pretrained))
             if scratch and (module, name) not in from_scratch:
-                starts['scratch_'] = from_scratch[module, name] = []
+                from_scratch[module, name] = []
+                # Of random weights no layer is worth keeping: one rate for all.
+                plain = fit._replace(layer_decay=1.0)
+                starts.append((None, plain, from_scratch[module, name]))
             for draw, rows in enumerate(evals.draws(label_N, labels, draws, seed)):
                 x = _read(encoder, rows, limit, where)
-                for prefix, scores in starts.items():
-                    tower, this = (
-                        (None, fit._replace(layer_decay=1.0))
-                        if prefix
-                        else (
-                            encoder.tower,
-                            fit,
-                        )
-                    )
+                for tower, this, scores in starts:
                     scores.append(top1(this, tower, x, label_N[rows], draw))
-            yield from evals.over_draws(f'top1_{name}', starts[''])
+            yield from evals.over_draws(f'top1_{name}', pretrained)
             if scratch:
                 yield from evals.over_draws(f'scratch_top1_{name}', from_scratch[module, name])
 
