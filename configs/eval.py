@@ -4,7 +4,7 @@
 
 | preset | what |
 |---|---|
-| `:quick` (the default) | kNN, linear probe, k-means clusters, uniformity, rank |
+| `:quick` (the default) | kNN, linear probe, k-means clusters, uniformity, rank; all pictures |
 | `:labels` | kNN, linear probe and fine-tuning with 1 % and 10 % of the labels and 10 a class |
 | `:layers` | a linear probe of every block or stage |
 | `:full` | all of these, and retrieval and zero-shot where there are texts |
@@ -28,11 +28,10 @@ TUNE = {**FEW, 'draws': 3, 'learning_rates': (3e-4, 1e-3, 3e-3), 'min_steps': 20
 
 def quick(c: Config) -> None:
     c.evals = {
-        'knn': {'per_class': ()},
+        'knn': {'per_class': (), 'confusion': True},
         'linear': {'per_class': ()},
-        'clustering': {},
-        'uniformity': {},
-        'collapse': {},
+        **{name: {} for name in ('clustering', 'uniformity', 'collapse')},
+        **{name: {} for name in ('attention', 'pca', 'tsne', 'neighbours')},
     }
 
 
@@ -49,7 +48,8 @@ def layers(c: Config) -> None:
 def full(c: Config) -> None:
     quick(c)
     outputs = ('features', 'block*', 'last4*', 'stage*', 'map*')
-    c.evals.update({'knn': FEW, 'linear': {'outputs': outputs, **FEW}, 'finetune': TUNE})
+    c.evals.knn.update(FEW)
+    c.evals.update({'linear': {'outputs': outputs, **FEW}, 'finetune': TUNE})
     c.evals.update({'retrieval': {}, 'zeroshot': {}})
 
 
