@@ -45,13 +45,15 @@ def webdataset(c: Config) -> None:
 def openai(c: Config) -> None:
     """ViT-B/32 (the paper's tables 18 and 19; OpenCLIP's defaults): batch 32768, 32 epochs.
 
-    Paper: a LayerNorm before the blocks, QuickGELU; here: our ViT. Give it a tokenizer,
-    `--config.data.text.tokenizer=bpe_simple_vocab_16e6.txt.gz`: none should be trained on so much.
+    Give it a tokenizer, `--config.data.text.tokenizer=bpe_simple_vocab_16e6.txt.gz`: none should be
+    trained on so much.
     """
     webdataset(c)
     c.batch_size, c.total_epochs, c.data.holdout = 32_768, 32.0, 1e-5
-    c.model = {'name': 'vit', 'size': 'B', 'patch': 32, 'position': 'learned', 'dtype': 'bfloat16'}
-    text = {'width': 512, 'depth': 12, 'heads': 8, 'dtype': 'bfloat16'}
+    like = {'activation': 'quick_gelu', 'epsilon': 1e-5, 'dtype': 'bfloat16'}
+    c.model = {'name': 'vit', 'size': 'B', 'patch': 32, 'position': 'learned', **like}
+    c.model.update({'norm_pre': True, 'patch_bias': False})
+    text = {'width': 512, 'depth': 12, 'heads': 8, **like}
     recipes.text_tower(c, vocabulary=49_408, length=77, **text)
     # The rate is 5e-4 for the whole batch.
     c.optim.update({'learning_rate': 5e-4 / 128, 'weight_decay': 0.2, 'warmup': 0.005})
