@@ -55,10 +55,7 @@ def load(
     if image_size or model:
         raise UserError(f'{os.fspath(path)}: image_size and model are for files of weights.')
     config, step = program.config_of(path), checkpoint.newest(path)
-    # Two notions of training that would tie the model to the run's batch.
-    plain = config.copy_and_resolve_references()
-    plain.update({'microbatch': 0, 'remat': False})
-    method = program.build_method(plain, {})
+    method = program.build_method(_plain(config), {})
     state = checkpoint.weights(path, step)
     tokenizer = functools.partial(_tokenizer_of, path, config)
     return Trained(path, config, method.encode, state, step, tokenizer, batch_size)
@@ -229,12 +226,18 @@ def weights_of(path: str | os.PathLike) -> weights.Weights:
         return weights.read(path)
     config = program.config_of(path)
     state = checkpoint.weights(path, checkpoint.newest(path))
-    plain = config.copy_and_resolve_references()
-    plain.update({'microbatch': 0, 'remat': False})
+    plain = _plain(config)
     found = program.build_method(plain, {}).encoders(*state)
     vocabulary = next(iter(text.files(path)), None) if 'text' in found else None
     tokenizer = (vocabulary.name, vocabulary.read_bytes()) if vocabulary else None
     return weights.Weights(plain, found, os.fspath(path), tokenizer)
+
+
+def _plain(config: Config) -> Config:
+    """Without two notions of training that would tie the model to the run's batch."""
+    config = config.copy_and_resolve_references()
+    config.update({'microbatch': 0, 'remat': False})
+    return config
 
 
 def _tokenizer_of(workdir: str | os.PathLike, config: Config) -> text.Tokenizer:

@@ -56,18 +56,18 @@ def _safetensors(workdir: str, out: str) -> dict[str, bytes]:
 
 
 def _timm(workdir: str, out: str) -> dict[str, bytes]:
-    from contrastive_jax import encoding
-    from contrastive_jax.weights import targets
-
-    found = targets.timm(encoding.weights_of(workdir))
-    return {os.path.join(out, name): targets.content(x) for name, x in found.items()}
+    return _folder('timm', workdir, out)
 
 
 def _transformers(workdir: str, out: str) -> dict[str, bytes]:
+    return _folder('transformers', workdir, out)
+
+
+def _folder(target: str, workdir: str, out: str) -> dict[str, bytes]:
     from contrastive_jax import encoding
     from contrastive_jax.weights import targets
 
-    found = targets.transformers(encoding.weights_of(workdir))
+    found = getattr(targets, target)(encoding.weights_of(workdir))
     return {os.path.join(out, name): targets.content(x) for name, x in found.items()}
 
 

@@ -257,6 +257,33 @@ class Encoder:
         return ''
 
 
+def sampled(
+    encoder: Encoder, count: int, names: Sequence[str], say: Callable[[str], None]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Test images [n, H, W, 3] and the first of the named outputs that the encoder gives of them.
+
+    None, and `say` says why, of raw pixels and where there is nothing to draw.
+    """
+    if encoder.tower is None:
+        say('raw pixels have none')
+        return None
+    images = encoder.sample(count)
+    if not len(images):
+        say('none of the sampled images can be used')
+        return None
+    for name in names:
+        try:
+            x = encoder.of(images, name)
+        except KeyError:
+            continue
+        if np.isfinite(x).all():
+            return images, x
+        say(f'{name!r} is not finite')
+        return None
+    say(f'the encoder gives no {" and no ".join(map(repr, names))}')
+    return None
+
+
 def spread(size: int, count: int) -> np.ndarray:
     """At most `count` of range(size), evenly spread over it."""
     count = min(count, size)

@@ -39,21 +39,10 @@ def make(count: int = 8, mass: float = 1.0) -> evals.Evaluate:
     say = evals.missed('Attention')
 
     def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, bytes]]:
-        if encoder.tower is None:
-            say('raw pixels have none')
+        found = evals.sampled(encoder, count, ('attention',), say)
+        if found is None:
             return
-        images = encoder.sample(count)
-        if not len(images):
-            say('none of the sampled images can be used')
-            return
-        try:
-            weights_nKN = encoder.of(images, 'attention')
-        except KeyError:
-            say('the encoder has none')
-            return
-        if not np.isfinite(weights_nKN).all():
-            say('it is not finite')
-            return
+        images, weights_nKN = found
         weights_nKN = np.concatenate([weights_nKN, weights_nKN.mean(1, keepdims=True)], 1)
         maps = upsampled(kept(weights_nKN, mass), images)
         rows = [

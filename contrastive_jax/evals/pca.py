@@ -40,20 +40,12 @@ def make(count: int = 16, foreground: bool = True) -> evals.Evaluate:
     say = evals.missed('PCA of patches')
 
     def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, bytes]]:
-        if encoder.tower is None:
-            say('raw pixels have none')
+        found = evals.sampled(encoder, count, ('patches', 'map'), say)
+        if found is None:
             return
-        images = encoder.sample(count)
-        if not len(images):
-            say('none of the sampled images can be used')
-            return
-        x_nhwD = _patches(encoder, images)
-        if x_nhwD is None:
-            say("the encoder gives neither 'patches' nor a 'map'")
-            return
-        if not np.isfinite(x_nhwD).all():
-            say('they are not finite')
-            return
+        images, x_nhwD = found
+        if x_nhwD.ndim == 3:
+            x_nhwD = x_nhwD.reshape(len(images), *evals.grid(images, x_nhwD.shape[1]), -1)
         size = images.shape[2], images.shape[1]
         drawn = [
             np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST))
@@ -62,17 +54,6 @@ def make(count: int = 16, foreground: bool = True) -> evals.Evaluate:
         yield 'patches', figures.views_grid(np.stack([images, drawn], axis=1), count=count)
 
     return evaluate
-
-
-def _patches(encoder: evals.Encoder, images: np.ndarray) -> np.ndarray | None:
-    """Features of the images' patches, [n, h, w, D]."""
-    for name in ('patches', 'map'):
-        try:
-            x = encoder.of(images, name)
-        except KeyError:
-            continue
-        return x if x.ndim == 4 else x.reshape(len(x), *evals.grid(images, x.shape[1]), -1)
-    return None
 
 
 def colours(x_nhwD: np.ndarray, foreground: bool) -> np.ndarray:

@@ -141,16 +141,7 @@ def transformers(weights: Weights) -> Files:
 
 
 def _hf_vit(module: Any, params: Arrays, size: int) -> tuple[dict[str, Any], Arrays, str]:
-    config: dict[str, Any] = {
-        'hidden_size': module.width,
-        'num_hidden_layers': module.depth,
-        'num_attention_heads': module.heads,
-        'intermediate_size': module.hidden,
-        'hidden_act': HF_ACTIVATIONS[module.activation],
-        'layer_norm_eps': module.epsilon,
-        'image_size': size,
-        'patch_size': module.patch,
-    }
+    config = {**_hf_blocks(module), 'image_size': size, 'patch_size': module.patch}
     scaled = module.layer_scale is not None
     places, prefix, features = _places(module), '', 'last_hidden_state[:, 0]'
     if not module.cls_token:
@@ -209,6 +200,18 @@ def _hf_vit(module: Any, params: Arrays, size: int) -> tuple[dict[str, Any], Arr
     return config, arrays, prefix
 
 
+def _hf_blocks(module: Any) -> dict[str, Any]:
+    """What a config says of a transformer's blocks, of images or of texts."""
+    return {
+        'hidden_size': module.width,
+        'num_hidden_layers': module.depth,
+        'num_attention_heads': module.heads,
+        'intermediate_size': module.hidden,
+        'hidden_act': HF_ACTIVATIONS[module.activation],
+        'layer_norm_eps': module.epsilon,
+    }
+
+
 def _hf_resnet(module: Any, params: Arrays, size: int) -> tuple[dict[str, Any], Arrays, str]:
     del size
     _plain_resnet(module, 'transformers')
@@ -240,12 +243,7 @@ def _hf_towers(
     config = {
         'vocab_size': module.vocabulary,
         'max_position_embeddings': module.length,
-        'hidden_size': module.width,
-        'num_hidden_layers': module.depth,
-        'num_attention_heads': module.heads,
-        'intermediate_size': module.hidden,
-        'hidden_act': HF_ACTIVATIONS[module.activation],
-        'layer_norm_eps': module.epsilon,
+        **_hf_blocks(module),
     }
     arrays = names.write(
         names.expand(tables.HF_TEXT, _places(module)), names.flatten(found['text'][0])
