@@ -41,8 +41,6 @@ NEEDS_TOKENS = {'dinov2'}
 # kept in different ways.
 CASES = [(n, 'vit') for n in NAMES] + [(n, 'resnet') for n in ('simclr', 'moco', 'byol')]
 B, SIDE, RECORDS = 16, 8, 100
-# Nothing here runs for long, and at level 0 XLA compiles it in a fraction of the time.
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 @functools.cache
@@ -94,7 +92,7 @@ def initial(name, model, rate, **options):
         name='sgd', learning_rate=rate, clip_norm=1.0, total_steps=50, batch_size=256
     )
     example = {k: v[:1] for k, v in batch_of(name).items()}
-    start = jit(state.make_init(method, tx, seed=3, records=RECORDS))(example)
+    start = jax.jit(state.make_init(method, tx, seed=3, records=RECORDS))(example)
     return method, tx, start
 
 
@@ -107,7 +105,7 @@ def trainer(name, model, devices, rate=0.1, accumulate=1, **options):
     step = state.make_step(
         method, tx, lambda key, batch: batch, seed=3, total_steps=50, accumulate=accumulate
     )
-    step = jit(step, in_shardings=(whole, parallel.rows(mesh)), out_shardings=whole)
+    step = jax.jit(step, in_shardings=(whole, parallel.rows(mesh)), out_shardings=whole)
     return mesh, lambda: jax.device_put(start, whole), step
 
 
@@ -188,7 +186,7 @@ class TestContract:
         Not the loss: a target that moves and a queue that fills may let it rise.
         """
         mesh, init, step = trainer(name, model, 1)
-        encode = jit(make(name, model).encode)
+        encode = jax.jit(make(name, model).encode)
 
         def separation(s):
             """Variance between patterns over that within them."""
@@ -227,7 +225,7 @@ def test_accumulation_averages_the_micro_batches_gradients():
         losses = []
         extra = s.extra
         grads = []
-        gradient = jit(jax.value_and_grad(method.loss, has_aux=True))
+        gradient = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
         for part in (0, 1):
             rows = {k: v[part::2] for k, v in batch().items()}
             (loss, (extra, _)), g = gradient(
@@ -257,7 +255,7 @@ def test_refresh_keeps_the_state_s_structure_on_any_number_of_devices(name):
     example = {k: jnp.asarray(v) for k, v in batch().items()}
     _, _, start = initial(name, 'vit', 0.1)
     extra = start.extra
-    features = jit(method.refresh.embed)(start.params, extra, {'image': example['views'][:, 0]})
+    features = jax.jit(method.refresh.embed)(start.params, extra, {'image': example['views'][:, 0]})
     assert np.allclose(np.linalg.norm(features['features'], axis=1), 1, atol=1e-5)
     rng = np.random.default_rng(0)
     D = features['features'].shape[1]
@@ -267,7 +265,7 @@ def test_refresh_keeps_the_state_s_structure_on_any_number_of_devices(name):
     for mesh in (parallel.make_mesh(jax.devices()[:1]), parallel.make_mesh()):
         with jax.set_mesh(mesh):
             z = jax.device_put(x, parallel.rows(mesh))
-            update = jit(method.refresh.update)
+            update = jax.jit(method.refresh.update)
             early = update(extra, z, jax.random.key(1), jnp.float32(0))
             late = update(extra, z, jax.random.key(1), jnp.float32(1))
         same_structure(extra, late)
@@ -282,8 +280,8 @@ class TestText:
     def test_images_and_texts_share_a_space(self, name):
         method, _, start = initial(name, 'vit', 0.1)
         tx, _ = optim.make(name='adamw', learning_rate=0.01, total_steps=60, batch_size=256)
-        step = jit(state.make_step(method, tx, lambda key, batch: batch, 3, 60))
-        encode = jit(method.encode)
+        step = jax.jit(state.make_step(method, tx, lambda key, batch: batch, 3, 60))
+        encode = jax.jit(method.encode)
         with jax.set_mesh(parallel.make_mesh(jax.devices()[:1])):
             s = start._replace(opt=tx.init(start.params))
             for i in range(60):
@@ -329,7 +327,7 @@ class TestText:
         example = {k: jnp.asarray(v) for k, v in batch_of(name).items()}
         _, _, start = initial(name, 'vit', 0.1)
         both = [
-            jit(jax.grad(method.loss, has_aux=True))(
+            jax.jit(jax.grad(method.loss, has_aux=True))(
                 start.params, start.extra, example, jax.random.key(0), jnp.float32(0)
             )[0]
             for method in (whole, cut)

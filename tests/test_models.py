@@ -25,16 +25,12 @@ def images(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
-# Nothing here runs for long, and at level 0 XLA compiles it in a quarter of the time.
-jit = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-
-
-@partial(jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def init(module, x, **inputs):
     return models.init(module, jax.random.key(0), x, **inputs)
 
 
-@partial(jit, static_argnums=(0, 4))
+@partial(jax.jit, static_argnums=(0, 4))
 def apply(module, params, stats, x, train, **inputs):
     return models.apply(module, params, stats, x, train, **inputs)
 
@@ -76,7 +72,7 @@ def gradients(module):
         y = outputs[0] if isinstance(outputs, tuple) else outputs
         return (jnp.sin(y) * images(1, y.shape[-1])).sum() / y.shape[0], stats
 
-    return jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @pytest.mark.parametrize(
@@ -271,7 +267,7 @@ def test_masked_patches_are_not_seen():
     (_, unmasked), _ = apply(module, params, {}, x, True)
     np.testing.assert_allclose(seen['patches'][1], unmasked['patches'][1], atol=1e-6)
 
-    @jit
+    @jax.jit
     def gradient(params, x):
         loss = lambda p, x: jnp.sin(models.apply(module, p, {}, x, True, mask=mask)[0][0]).sum()  # noqa: E731
         return jax.grad(loss, (0, 1))(params, x)
@@ -558,8 +554,8 @@ def test_microbatches_take_their_share_of_masks_and_keys():
         features = jnp.stack(parts, axis=1).reshape(16, -1)
         return (features * weight).sum(), features
 
-    (_, got), got_d = jit(jax.value_and_grad(by_parts, has_aux=True))(params)
-    (_, want), want_d = jit(jax.value_and_grad(one_by_one, has_aux=True))(params)
+    (_, got), got_d = jax.jit(jax.value_and_grad(by_parts, has_aux=True))(params)
+    (_, want), want_d = jax.jit(jax.value_and_grad(one_by_one, has_aux=True))(params)
     np.testing.assert_allclose(got, want, atol=1e-5)
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(want_d))
     close = partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * largest)

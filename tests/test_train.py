@@ -35,11 +35,9 @@ TINY = [
 
 
 def start(workdir, *flags, devices=1, tiny=TINY):
-    environment = {
-        **os.environ,
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-        'JAX_PLATFORMS': 'cpu',
-    }
+    # Of a flag that is there twice, the last counts.
+    flag = f' --xla_force_host_platform_device_count={devices}'
+    environment = {**os.environ, 'XLA_FLAGS': os.environ['XLA_FLAGS'] + flag}
     return subprocess.Popen(
         [sys.executable, '-m', 'contrastive_jax.main', *tiny, f'--workdir={workdir}', *flags],
         cwd=ROOT,

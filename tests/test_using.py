@@ -71,11 +71,9 @@ def photos(tmp_path_factory):
 
 
 def start(module, *flags, devices=1):
-    environment = {
-        **os.environ,
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-        'JAX_PLATFORMS': 'cpu',
-    }
+    # Of a flag that is there twice, the last counts.
+    flag = f' --xla_force_host_platform_device_count={devices}'
+    environment = {**os.environ, 'XLA_FLAGS': os.environ['XLA_FLAGS'] + flag}
     return subprocess.Popen(
         [sys.executable, '-m', f'contrastive_jax.{module}', *map(str, flags)],
         cwd=ROOT,

@@ -33,6 +33,7 @@ def make(
     projection: int = 128,
     hidden: int = 2048,
     layers: int = 2,
+    batch_norm: bool = False,
     symmetric: bool = False,
     key_norm: str = 'running',
 ) -> Method:
@@ -45,14 +46,15 @@ def make(
         queue: K, keys that are kept, at least 1.
         projection: dimensions of queries and keys.
         hidden: width of the head's hidden layer.
-        layers: of the head: 1 (v1) or 2 (v2); no BatchNorm in it.
+        layers: of the head: 1 (v1) or 2 (v2).
+        batch_norm: BatchNorm in the head, which the authors' has none of.
         symmetric: each view is query and key in turn, as in the authors' CIFAR-10 notebook.
         key_norm: statistics of the key network's BatchNorm: 'running' (see above) or 'batch',
             those of the batch, for comparison.
     """
     check_numbers('moco', ('temperature', 'queue'), temperature=temperature, queue=queue)
     by_batch = choose('key_norm', key_norm, {'running': False, 'batch': True}, 'config.method')
-    head = MLP(hidden, projection, layers=layers, batch_norm=False)
+    head = MLP(hidden, projection, layers=layers, batch_norm=batch_norm)
     network = Network(model, projector=head)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
