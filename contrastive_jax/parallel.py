@@ -152,6 +152,15 @@ def to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def sum_over_processes(x: np.ndarray) -> np.ndarray:
+    """The sum of every process's array, in its own precision (every process must call)."""
+    if jax.process_count() == 1:
+        return x
+    # As bytes: JAX would make float32 of float64.
+    parts = multihost_utils.process_allgather(np.ascontiguousarray(x).view(np.uint8))
+    return np.asarray(parts).view(x.dtype).sum(0)
+
+
 def agree(flag: bool) -> bool:
     """Whether any process says yes (every process must ask)."""
     if jax.process_count() == 1:

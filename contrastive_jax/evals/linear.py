@@ -7,7 +7,7 @@ N: rows, D: features + 1 (the last is constant: its weight is the bias, and is n
 C: classes, S: sets of rows, P: problems on one set, n: labelled rows of a few-labels set.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from contrastive_jax.config import UserError
 STRENGTHS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2)
 FOLDS = 5
 CHOOSING = 1e-4  # tolerance while strengths, which lie far apart, are compared
+SUMMED = 1024  # rows that are float64 at a time
 TOGETHER = 2**26  # logits of few-labels problems that are solved at a time
 
 
@@ -105,10 +106,10 @@ def make(
         held_N = (np.arange(len(train.label_N)) >= first) & (train.label_N >= 0)
         if not held_N.any():
             held_N = held_out(train.label_N, validation_fraction, seed)
+        scale = _scale(train.x_ND, train.label_N)
         with jax.set_mesh(encoder.mesh):
-            x_ND, *moments = _standardise(train.x_ND, train.label_N)
+            x_ND = _standardise(train.x_ND, train.label_N, *scale)
             weights = [_fit_all(x_ND, train.label_N, held_N, path, classes, limits)]
-        scale = Scale(*map(parallel.to_host, moments))
         for labels in few.values():
             sets = evals.draws(train.label_N, labels, draws, seed)
             # Logits of all folds of one set, and half of the numbers in all sets.
@@ -313,19 +314,32 @@ def _report(solution: logistic.Solution, strength: object, limits: Limits) -> No
         )
 
 
-@jax.jit
-def _standardise(x_ND: jax.Array, label_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(rows standardised by the labelled ones, with a constant column; mean; inverse deviation)."""
-    counts_N1 = (label_N >= 0)[:, None]
-    total = counts_N1.sum()
-    mean_D = jnp.where(counts_N1, x_ND, 0.0).sum(0) / total
-    x_ND = jnp.where(counts_N1, x_ND - mean_D[None, :], 0.0)
-    std_D = jnp.sqrt((x_ND**2).sum(0) / total)
+def _scale(x_ND: jax.Array, label_N: np.ndarray) -> Scale:
+    """That of the labelled rows, which are summed in float64: of any number of devices the same."""
+    shards = [s for s in x_ND.addressable_shards if s.replica_id == 0]
+    parts = [(np.asarray(s.data), label_N[s.index[0]] >= 0) for s in shards]
+
+    def mean(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        total_D = np.zeros(x_ND.shape[1])
+        for x, labelled in parts:
+            for some in (slice(i, i + SUMMED) for i in range(0, len(x), SUMMED)):
+                total_D += of(x[some][labelled[some]].astype(np.float64)).sum(0)
+        return parallel.sum_over_processes(total_D) / (label_N >= 0).sum()
+
+    mean_D = mean(lambda x: x)
+    std_D = np.sqrt(mean(lambda x: (x - mean_D) ** 2))
     # A constant feature differs from its mean by rounding alone: 0, not noise scaled up to 1.
-    varies_D = std_D > 1e-5 * jnp.abs(mean_D)
-    inverse_D = jnp.where(varies_D, 1 / jnp.where(varies_D, std_D, 1.0), 0.0)
-    x_ND = jnp.concatenate([x_ND * inverse_D[None, :], jnp.ones((x_ND.shape[0], 1))], 1)
-    return x_ND, mean_D, inverse_D
+    inverse_D = np.divide(1, std_D, out=np.zeros_like(std_D), where=std_D > 1e-5 * np.abs(mean_D))
+    return Scale(mean_D.astype(np.float32), inverse_D.astype(np.float32))
+
+
+@jax.jit
+def _standardise(
+    x_ND: jax.Array, label_N: jax.Array, mean_D: jax.Array, inverse_D: jax.Array
+) -> jax.Array:
+    """The labelled rows standardised, with a constant column; 0 in the others but for that."""
+    x_ND = jnp.where((label_N >= 0)[:, None], x_ND - mean_D[None, :], 0.0) * inverse_D[None, :]
+    return jnp.concatenate([x_ND, jnp.ones((x_ND.shape[0], 1))], 1)
 
 
 @jax.jit
