@@ -277,7 +277,8 @@ def test_linear_is_sklearns_protocol(validation):
         assert found['top1_10_per_class'] == pytest.approx(np.mean(expected[1]), abs=0.0026)
         assert found['top1_10_per_class_std'] == pytest.approx(np.std(expected[1]), abs=0.0026)
     one, eight = results
-    assert one == pytest.approx(eight, abs=0.0026)
+    assert one.pop('top1') == pytest.approx(eight.pop('top1'), abs=0.0026)
+    assert one == eight  # few labels: summed in float64, solved on one device
 
 
 def test_linear_with_more_features_than_labels():
