@@ -23,7 +23,13 @@ from contrastive_jax import config as config_lib
 from contrastive_jax.config import Config
 
 FEW = {'per_class': (10,), 'fractions': (0.01, 0.1)}
-TUNE = {**FEW, 'draws': 3, 'learning_rates': (3e-4, 1e-3, 3e-3), 'min_steps': 200}
+TUNE = {
+    **FEW,
+    'draws': 3,
+    'epochs': 60.0,
+    'learning_rates': (3e-4, 1e-3, 3e-3),
+    'min_steps': 200,
+}
 
 
 def quick(c: Config) -> None:

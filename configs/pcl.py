@@ -35,9 +35,10 @@ def cifar10_small(c: Config) -> None:
     c.method = {
         **SMALL,
         'temperature': 0.1,
-        'queue': 4096,
+        'queue': 1024,
         'clusters': (250, 500, 1000),
         'warmup': 0.0,
+        'batch_norm': True,
     }
 
 

@@ -63,6 +63,7 @@ def webli(c: Config) -> None:
     """
     webdataset(c)
     c.batch_size, c.total_epochs, c.data.holdout = 32_768, 1.0, 1e-5
+    c.microbatch = 8192  # whole, the batch does not fit 64 v5e chips or 32 H100
     c.data.mean = c.data.std = (0.5, 0.5, 0.5)
     model = {'name': 'vit', 'size': 'B', 'patch': 16, 'pool': 'map', 'dtype': 'bfloat16'}
     c.model = {**model, 'position': 'learned'}

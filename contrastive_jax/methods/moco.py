@@ -47,7 +47,7 @@ def make(
         projection: dimensions of queries and keys.
         hidden: width of the head's hidden layer.
         layers: of the head: 1 (v1) or 2 (v2).
-        batch_norm: BatchNorm in the head, which the authors' has none of.
+        batch_norm: in the head; the authors use none.
         symmetric: each view is query and key in turn, as in the authors' CIFAR-10 notebook.
         key_norm: statistics of the key network's BatchNorm: 'running' (see above) or 'batch',
             those of the batch, for comparison.

@@ -34,6 +34,7 @@ def make(
     projection: int = 128,
     hidden: int = 2048,
     layers: int = 2,
+    batch_norm: bool = False,
 ) -> Method:
     """PCL v2 around an encoder; `layers=1, temperature=0.1` are v1's.
 
@@ -51,7 +52,8 @@ def make(
         alpha: α of φ, which smooths small clusters.
         projection: dimensions of queries and keys.
         hidden: width of the head's hidden layer.
-        layers: of the head, without BatchNorm: 1 (v1) or 2 (v2).
+        layers: of the head: 1 (v1) or 2 (v2).
+        batch_norm: in the head; the authors use none.
     """
     check_numbers(
         'pcl',
@@ -62,7 +64,7 @@ def make(
         negatives=negatives,
         warmup=warmup,
     )
-    network = Network(model, projector=MLP(hidden, projection, layers, batch_norm=False))
+    network = Network(model, projector=MLP(hidden, projection, layers, batch_norm=batch_norm))
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         key, queue_key = jax.random.split(key)
