@@ -10,9 +10,9 @@ Prints two Markdown tables: time, CPU time and memory of a call, and ours over t
 
 All see the same float32 embeddings, not normalised, on as many threads as there are cores, and give
 the loss and its gradient in the embeddings; that they agree is checked. Each variant has a process
-of its own, in turns whose order alternates. `open_clip_gather_N` has N, with their share of the
-pairs each, and does what open_clip does unless it is told otherwise: all of them gather all
-embeddings and compute the whole matrix. Its CPU time and memory are the sums, its time the slowest
+of its own, in turns whose order alternates. `open_clip_gather` has two, with half of the pairs and
+of the cores each, and does what open_clip does unless it is told otherwise: both gather all
+embeddings and compute the whole matrix. Its CPU time and memory are the sums, its time the slower
 one's.
 
 A turn is a warm-up and three calls (fewer where they take more than a minute) and counts with their
@@ -41,16 +41,15 @@ from typing import Any
 TEMPERATURE = 0.1
 SECONDS = 60  # that a turn's calls take, unless one takes longer
 VARIANTS = {
-    'clip': ['ours', 'dense', 'open_clip', 'open_clip_gather_2', 'open_clip_gather_4'],
+    'clip': ['ours', 'dense', 'open_clip', 'open_clip_gather'],
     'nt_xent': ['ours', 'dense', 'lightly'],
 }
 TORCH = {  # variant -> distribution
     'open_clip': 'open_clip_torch',
-    'open_clip_gather_2': 'open_clip_torch',
-    'open_clip_gather_4': 'open_clip_torch',
+    'open_clip_gather': 'open_clip_torch',
     'lightly': 'lightly',
 }
-RANKS = {'open_clip_gather_2': 2, 'open_clip_gather_4': 4}
+RANKS = {'open_clip_gather': 2}
 COLUMNS = {'seconds': 1, 'cpu_seconds': 1, 'bytes': 2**20}
 
 Call = Callable[[], tuple[float, Any, Any]]  # () -> loss, gradients in both sides

@@ -367,6 +367,7 @@ def encoder(
         tower=tower,
         views=evals.Views(*moments, d.crop.to_dict(), pairs),
         outputs=outputs,
+        random=state is not None and int(state.step) == 0 and not config.init_from,
     )
 
 

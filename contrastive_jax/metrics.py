@@ -227,7 +227,8 @@ def summary(workdir: str, images: int) -> None:
     rows = {name: found[key] for key, name in titles(found).items()}
     if not rows:
         return
-    print(f'\nAccuracies and recalls (%) on {images} held-out images; features are frozen\n')
+    said = f'Accuracies and recalls (%) on {images} held-out images; frozen unless fine-tuned'
+    print(f'\n{said}\n')
     print(table(rows, COLUMNS), flush=True)
     results = {name: dict(zip(COLUMNS, values, strict=True)) for name, values in rows.items()}
     (epath.Path(workdir) / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
@@ -244,7 +245,10 @@ def evaluations(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float | 
         else:
             last |= values
     found: dict[str, list[float | None]] = {}
-    for key in last or first:
+    names = list(last or first)
+    evaluators = list(dict.fromkeys(key.split('/')[1] for key in names))
+    # Evaluators that came later may have more to say of what is there.
+    for key in sorted(names, key=lambda key: evaluators.index(key.split('/')[1])):
         _, evaluator, metric = key.split('/', 2)
         if not metric.startswith(PIXELS):
             pixels = first.get(f'eval/{evaluator}/{PIXELS}{metric}')

@@ -339,6 +339,9 @@ def test_fine_tuning_reads_what_was_drawn_and_scratch_is_trained_once(tower):
     assert {k for k in first if k.startswith('scratch_')} == {
         f'scratch_top1_{n}{s}' for n in ('5_per_class', '10_percent') for s in ('', '_std')
     }
+    untrained = pictures(tower)
+    untrained.random = True  # nothing to fine-tune: that is training from scratch
+    assert dict(evaluate(untrained)) == {k: v for k, v in first.items() if k.startswith('scratch_')}
 
 
 def test_test_images_that_do_not_fit_are_read_again(tower):

@@ -85,6 +85,7 @@ class Encoder:
         tower: Tower | None = None,
         views: Views | None = None,
         outputs: Callable[[], Sequence[str]] | None = None,
+        random: bool = False,
     ):
         """
         Args:
@@ -106,12 +107,13 @@ class Encoder:
             tower: None: there is none, as of raw pixels.
             views: how it was shown pictures.
             outputs: `() ->` the names that encode knows of an image.
+            random: its weights are those that a new network has.
         """
         self.splits, self.classes, self.mesh = tuple(splits), list(classes), mesh
         self._encode, self._batches = encode, batches
         self._texts, self.captions, self.reads_text = texts, captions, texts is not None
         self._images, self._sizes, self.tower = images, dict(sizes or {}), tower
-        self.views, self._outputs = views, outputs
+        self.views, self._outputs, self.random = views, outputs, random
         self._features: dict[tuple[str, str], Features] = {}
 
     def features(self, split: str, name: str = 'features') -> Features:

@@ -72,7 +72,8 @@ def make(
     Returns:
         `evaluate(encoder)`, which yields mean and standard deviation over draws,
         'top1_<n>_per_class', 'top1_<p>_percent', and '..._std' as `linear` does, and
-        'scratch_top1_...' from random weights. Nothing for raw pixels. Numbers of devices change no
+        'scratch_top1_...' from random weights, which is all that an untrained encoder gets.
+        Nothing for raw pixels. Numbers of devices change no
         draw, only the order in which sums are added up (and, if batch_size does not divide by
         them, BatchNorm sees some images twice).
 
@@ -144,7 +145,8 @@ def make(
         for name, labels in few.items():
             pretrained: list[float] = []
             starts: list[tuple[evals.Tower | None, Fit, list[float]]] = []
-            starts.append((encoder.tower, fit, pretrained))
+            if not (encoder.random and scratch):
+                starts.append((encoder.tower, fit, pretrained))
             if scratch and (module, name) not in from_scratch:
                 from_scratch[module, name] = []
                 # Of random weights no layer is worth keeping: one rate for all.
@@ -154,7 +156,8 @@ def make(
                 x = _read(encoder, rows, limit, where)
                 for tower, this, scores in starts:
                     scores.append(top1(this, tower, x, label_N[rows], draw))
-            yield from evals.over_draws(f'top1_{name}', pretrained)
+            if pretrained:
+                yield from evals.over_draws(f'top1_{name}', pretrained)
             if scratch:
                 yield from evals.over_draws(f'scratch_top1_{name}', from_scratch[module, name])
 

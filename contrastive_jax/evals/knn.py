@@ -74,7 +74,7 @@ def make(
             neighbours = min(k, int((label_N >= 0).sum()))
             with jax.set_mesh(encoder.mesh):
                 found = nearest(test.x_ND, x_ND, label_N >= 0, k=neighbours)
-                voted_M = _vote(*found, label_N, temperature, classes=classes)
+                voted_M = classify(*found, label_N, temperature, classes=classes)
             return parallel.to_host(voted_M)[queries]
 
         voted_M = vote(bank.x_ND, bank.label_N)
@@ -114,7 +114,7 @@ def nearest(
 
 
 @functools.partial(jax.jit, static_argnames='classes')
-def _vote(
+def classify(
     scores_Mk: jax.Array,
     neighbours_Mk: jax.Array,
     label_N: jax.Array,

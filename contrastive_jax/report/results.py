@@ -18,7 +18,7 @@ def evaluations(runs: Sequence[Run]) -> Html | None:
         return None
     parts = []
     if titles:
-        said = 'Accuracies and recalls (%) on held-out images; the encoder is frozen.'
+        said = 'Accuracies and recalls (%) on held-out images; frozen unless fine-tuned.'
         rows = [
             [title, *_values(found, key, lambda x: f'{100 * x:.1f}')]
             for key, title in titles.items()
