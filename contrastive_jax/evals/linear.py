@@ -33,7 +33,7 @@ def make(
     fractions: Sequence[float] = (),
     draws: int = 5,
     validation_fraction: float = 0.1,
-    tolerance: float = 1e-9,
+    tolerance: float = 1e-7,
     max_iterations: int = 1000,
     seed: int = 0,
 ) -> evals.Evaluate:
