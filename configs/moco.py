@@ -25,7 +25,7 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    """Without BatchNorm in its head MoCo learns nothing in so few steps."""
+    """Without BatchNorm in the head, kNN was the untrained encoder's after 400 steps."""
     recipes.cifar10_small(c, steps=1000)
     c.method = {
         **SMALL,

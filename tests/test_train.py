@@ -1,7 +1,6 @@
 """The trainer as a program: it is killed, stopped, continued, refused, and spread over devices."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -12,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import environment
 
 from contrastive_jax import encoding, metrics
 from contrastive_jax.config import UserError
@@ -35,13 +35,10 @@ TINY = [
 
 
 def start(workdir, *flags, devices=1, tiny=TINY):
-    # Of a flag that is there twice, the last counts.
-    flag = f' --xla_force_host_platform_device_count={devices}'
-    environment = {**os.environ, 'XLA_FLAGS': os.environ['XLA_FLAGS'] + flag}
     return subprocess.Popen(
         [sys.executable, '-m', 'contrastive_jax.main', *tiny, f'--workdir={workdir}', *flags],
         cwd=ROOT,
-        env=environment,
+        env=environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

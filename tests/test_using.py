@@ -1,7 +1,6 @@
 """What was trained, in use: the encoder of a workdir, indices of collections, search in them."""
 
 import io
-import os
 import pathlib
 import runpy
 import shutil
@@ -12,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from conftest import environment
 from pictures import encoded, photo, write
 from PIL import Image
 
@@ -71,13 +71,10 @@ def photos(tmp_path_factory):
 
 
 def start(module, *flags, devices=1):
-    # Of a flag that is there twice, the last counts.
-    flag = f' --xla_force_host_platform_device_count={devices}'
-    environment = {**os.environ, 'XLA_FLAGS': os.environ['XLA_FLAGS'] + flag}
     return subprocess.Popen(
         [sys.executable, '-m', f'contrastive_jax.{module}', *map(str, flags)],
         cwd=ROOT,
-        env=environment,
+        env=environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

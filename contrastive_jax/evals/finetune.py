@@ -72,10 +72,9 @@ def make(
     Returns:
         `evaluate(encoder)`, which yields mean and standard deviation over draws,
         'top1_<n>_per_class', 'top1_<p>_percent', and '..._std' as `linear` does, and
-        'scratch_top1_...' from random weights, which is all that an untrained encoder gets.
-        Nothing for raw pixels. Numbers of devices change no
-        draw, only the order in which sums are added up (and, if batch_size does not divide by
-        them, BatchNorm sees some images twice).
+        'scratch_top1_...' from random weights, which is all that an untrained encoder gets. Nothing
+        for raw pixels. Numbers of devices change no draw, only the order in which sums are added up
+        (and, if batch_size does not divide by them, BatchNorm sees some images twice).
 
     Raises:
         UserError: a value outside its range; (when evaluating) a subset that does not fit.
