@@ -10,10 +10,10 @@ Prints two Markdown tables: time, CPU time and memory of a call, and ours over t
 
 All see the same float32 embeddings, not normalised, on as many threads as there are cores, and give
 the loss and its gradient in the embeddings; that they agree is checked. Each variant has a process
-of its own, in turns whose order alternates. `open_clip_gather` has two, with half of the pairs and
-of the cores each, and does what open_clip does unless it is told otherwise: both gather all
-embeddings and compute the whole matrix. Its CPU time and memory are the sums, its time the slower
-one's.
+of its own, in turns whose order alternates. `open_clip_gather` has four, with a quarter of the
+pairs each, and does what open_clip does unless it is told otherwise: every rank gathers all
+embeddings and computes the whole matrix. Its CPU time and memory are the sums, its time the slowest
+one's. `ours_sharded` has the same quarters on four devices of one process, as a ring.
 
 A turn is a warm-up and three calls (fewer where they take more than a minute) and counts with their
 median; tables have the median over turns, ratios that of the ratios within each turn. Memory is how
@@ -41,7 +41,7 @@ from typing import Any
 TEMPERATURE = 0.1
 SECONDS = 60  # that a turn's calls take, unless one takes longer
 VARIANTS = {
-    'clip': ['ours', 'dense', 'open_clip', 'open_clip_gather'],
+    'clip': ['ours', 'dense', 'open_clip', 'ours_sharded', 'open_clip_gather'],
     'nt_xent': ['ours', 'dense', 'lightly'],
 }
 TORCH = {  # variant -> distribution
@@ -49,7 +49,11 @@ TORCH = {  # variant -> distribution
     'open_clip_gather': 'open_clip_torch',
     'lightly': 'lightly',
 }
-RANKS = {'open_clip_gather': 2}
+RANKS = {'open_clip_gather': 4, 'ours_sharded': 4}
+RATIOS = (
+    *(('ours', other) for other in ('dense', 'open_clip', 'lightly')),
+    *(('ours_sharded', other) for other in ('ours', 'open_clip_gather')),
+)
 COLUMNS = {'seconds': 1, 'cpu_seconds': 1, 'bytes': 2**20}
 
 Call = Callable[[], tuple[float, Any, Any]]  # () -> loss, gradients in both sides
@@ -94,7 +98,9 @@ def jax_call(loss: str, variant: str, a: Any, b: Any) -> Call:
     import jax
     import jax.numpy as jnp
 
-    from contrastive_jax import losses
+    from contrastive_jax import losses, parallel
+
+    jax.config.update('jax_num_cpu_devices', RANKS.get(variant, 1))
 
     def unit(x):
         return x / jnp.linalg.norm(x, axis=1, keepdims=True)
@@ -113,12 +119,15 @@ def jax_call(loss: str, variant: str, a: Any, b: Any) -> Call:
 
     function = {
         ('clip', 'ours'): lambda a, b: losses.clip(a, b, 1 / TEMPERATURE),
+        ('clip', 'ours_sharded'): lambda a, b: losses.clip(a, b, 1 / TEMPERATURE),
         ('clip', 'dense'): dense_clip,
         ('nt_xent', 'ours'): lambda a, b: losses.nt_xent(a, b, temperature=TEMPERATURE),
         ('nt_xent', 'dense'): dense_nt_xent,
     }[loss, variant]
-    a, b = jax.device_put((a, b))
-    compiled = jax.jit(jax.value_and_grad(function, (0, 1))).lower(a, b).compile()
+    mesh = parallel.make_mesh()
+    a, b = jax.device_put((a, b), parallel.rows(mesh))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.value_and_grad(function, (0, 1))).lower(a, b).compile()
 
     def call() -> tuple[float, Any, Any]:
         value, (d_a, d_b) = jax.block_until_ready(compiled(a, b))
@@ -200,7 +209,7 @@ def run(loss: str, variant: str, args: argparse.Namespace) -> dict[str, Any]:
     python = args.peers if variant in TORCH else sys.executable
     sizes = f'--pairs={args.pairs}', f'--dimensions={args.dimensions}', f'--repeats={args.repeats}'
     command = [python, __file__, *sizes, '--turn', loss, variant]
-    ranks = RANKS.get(variant, 1)
+    ranks = RANKS.get(variant, 1) if variant in TORCH else 1
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         where = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(s.getsockname()[1])}
@@ -238,7 +247,8 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=0, help='turns: 3, with --only 1')
     parser.add_argument('--peers', default='', help='a Python that has torch and the peers')
     parser.add_argument('--loss', choices=[*VARIANTS], help='one loss only')
-    parser.add_argument('--only', choices=['ours', 'dense', *TORCH], help='one variant only')
+    every = sorted({variant for variants in VARIANTS.values() for variant in variants})
+    parser.add_argument('--only', choices=every, help='one variant only')
     parser.add_argument('--turn', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.rounds = args.rounds or (1 if args.only else 3)
@@ -286,18 +296,19 @@ def report(runs: dict[tuple[str, str], list[dict]], args: argparse.Namespace) ->
     for (loss, variant), mine in runs.items():
         numbers = [statistics.median(t[c] for t in mine) / unit for c, unit in COLUMNS.items()]
         print(f'| {loss} | {variant} |', ' | '.join(f'{x:.4g}' for x in numbers), '|')
-    pairs = [(loss, v) for loss, v in runs if v != 'ours' and (loss, 'ours') in runs]
+    pairs = [
+        (loss, one, other)
+        for loss in VARIANTS
+        for one, other in RATIOS
+        if (loss, one) in runs and (loss, other) in runs
+    ]
     if pairs:
         print('\n| ratio | seconds | CPU seconds | peak memory |')
         print('|---|---|---|---|')
-    for loss, other in pairs:
-        ratios = [
-            _ratio(
-                [(x[c], y[c]) for x, y in zip(runs[loss, 'ours'], runs[loss, other], strict=True)]
-            )
-            for c in COLUMNS
-        ]
-        print(f'| {loss}: ours / {other} |', ' | '.join(ratios), '|')
+    for loss, one, other in pairs:
+        both = list(zip(runs[loss, one], runs[loss, other], strict=True))
+        ratios = [_ratio([(x[c], y[c]) for x, y in both]) for c in COLUMNS]
+        print(f'| {loss}: {one} / {other} |', ' | '.join(ratios), '|')
     if not all(t['exact'] for t in turns):
         print('\nPeak memory here is what exceeds the peak of compilation, so too little.')
 
