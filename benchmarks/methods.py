@@ -3,6 +3,7 @@
     python benchmarks/methods.py OUT                                 # the embedded digits
     python benchmarks/methods.py OUT --preset=cifar10_small --root=ROOT
     python benchmarks/methods.py OUT --only=byol,swav --more='--config.seed=1'
+    python benchmarks/methods.py OUT --jobs=2       # two at a time, each on its half of the cores
 
 ROOT holds {train,test}/<class>/*.{jpg,png}. Runs the preset of every config (the ResNet of SimCLR's
 two) into OUT/<config>, going on where an earlier call stopped, and prints a Markdown table: kNN of
@@ -11,7 +12,9 @@ spread the features are (evals/collapse.py). Raw pixels are the same for all: th
 """
 
 import argparse
+import concurrent.futures
 import json
+import os
 import pathlib
 import shlex
 import subprocess
@@ -30,11 +33,13 @@ def main() -> None:
     parser.add_argument('--root', default='', help='Of CIFAR-10 as folders.')
     parser.add_argument('--only', default='', help='Configs, separated by commas.')
     parser.add_argument('--more', default='', help='Flags for every run.')
+    parser.add_argument('--jobs', type=int, default=1, help='Runs at a time; above 1 on Linux.')
     args = parser.parse_args()
     found = sorted(p.stem for p in (HERE / 'configs').glob('*.py') if p.stem != 'eval')
     images = [n for n in found if n != 'simclr_vit' and not load(n, 'digits').text]
     names = args.only.split(',') if args.only else images
     evals = {'knn': KNN[args.preset], 'collapse': {}, 'linear': {}}
+    commands = []
     for name in names:
         command = [
             *(sys.executable, '-m', 'contrastive_jax.main'),
@@ -43,7 +48,8 @@ def main() -> None:
         ]
         if args.root:
             command += ['--config.data.source=folder', f'--config.data.root={args.root}']
-        subprocess.run(command, cwd=HERE, check=True)
+        commands.append(command)
+    run(commands, args.jobs)
     print(
         '\n| config | steps | minutes | images/s | kNN before | kNN | 10 a class: kNN | linear '
         '| linear | std | rank |'
@@ -57,6 +63,28 @@ def main() -> None:
         for key in ('knn/pixels_top1', 'linear/pixels_top1')
     }
     print('\nRaw pixels: ' + ', '.join(f'{k} {v:.1f} %' for k, v in pixels.items()))
+
+
+def run(commands: list[list[str]], jobs: int) -> None:
+    """Runs programs, `jobs` at a time, each of these on cores of its own.
+
+    Raises:
+        subprocess.CalledProcessError: one failed; those that had not begun are left out.
+    """
+    shares = iter(range(jobs))
+
+    def pin() -> None:
+        # A worker's thread, whose affinity its programs inherit, and with it their pools' size.
+        if jobs > 1:
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[next(shares) :: jobs])
+
+    with concurrent.futures.ThreadPoolExecutor(jobs, initializer=pin) as pool:
+        for done in [pool.submit(subprocess.run, c, cwd=HERE, check=True) for c in commands]:
+            try:
+                done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def read(workdir: pathlib.Path) -> list[dict]:
