@@ -6,9 +6,10 @@
     python benchmarks/methods.py OUT --jobs=2       # two at a time, each on its half of the cores
 
 ROOT holds {train,test}/<class>/*.{jpg,png}. Runs the preset of every config (the ResNet of SimCLR's
-two) into OUT/<config>, going on where an earlier call stopped, and prints a Markdown table: kNN of
-the untrained and the trained encoder, the linear probe, images/s, minutes of training, and how
-spread the features are (evals/collapse.py). Raw pixels are the same for all: they are said once.
+two) into OUT/<config>, going on where an earlier call stopped, and looks at each when it has ended.
+Prints a Markdown table: kNN of the untrained and the trained encoder, the linear probe, images/s,
+minutes of training, and how spread the features are (evals/collapse.py). Raw pixels are the same
+for all, so they are looked at once.
 """
 
 import argparse
@@ -20,9 +21,15 @@ import shlex
 import subprocess
 import sys
 
+import jax
 from step_time import load
 
+from contrastive_jax import config as config_lib
+from contrastive_jax import encoding, parallel, program
+
 HERE = pathlib.Path(__file__).resolve().parents[1]
+LOOKED = 'looked.json'
+PIXELS = ('knn/top1', 'linear/top1')
 KNN = {'digits': {'k': 20, 'temperature': 0.07}, 'cifar10_small': {'k': 200, 'temperature': 0.1}}
 
 
@@ -34,21 +41,26 @@ def main() -> None:
     parser.add_argument('--only', default='', help='Configs, separated by commas.')
     parser.add_argument('--more', default='', help='Flags for every run.')
     parser.add_argument('--jobs', type=int, default=1, help='Runs at a time; above 1 on Linux.')
+    parser.add_argument('--look', help=argparse.SUPPRESS)
+    parser.add_argument('--pixels', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    found = sorted(p.stem for p in (HERE / 'configs').glob('*.py') if p.stem != 'eval')
-    images = [n for n in found if n != 'simclr_vit' and not load(n, 'digits').text]
+    stems = sorted(p.stem for p in (HERE / 'configs').glob('*.py') if p.stem != 'eval')
+    images = [n for n in stems if n != 'simclr_vit' and not load(n, 'digits').text]
+    if args.look:
+        look(args.out / args.look, KNN[args.preset], pixels=args.pixels)
+        return
     names = args.only.split(',') if args.only else images
-    evals = {'knn': KNN[args.preset], 'collapse': {}, 'linear': {}}
     commands = []
     for name in names:
-        command = [
+        train = [
             *(sys.executable, '-m', 'contrastive_jax.main'),
             *(f'--config=configs/{name}.py:{args.preset}', f'--workdir={args.out / name}'),
-            *(f'--config.evals={evals}', *shlex.split(args.more)),
+            *('--config.evals={}', *shlex.split(args.more)),
         ]
         if args.root:
-            command += ['--config.data.source=folder', f'--config.data.root={args.root}']
-        commands.append(command)
+            train += ['--config.data.source=folder', f'--config.data.root={args.root}']
+        after = [sys.executable, __file__, str(args.out), f'--preset={args.preset}', '--look', name]
+        commands.append((train, [*after, '--pixels'] if name == names[0] else after))
     run(commands, args.jobs)
     print(
         '\n| config | steps | minutes | images/s | kNN before | kNN | 10 a class: kNN | linear '
@@ -57,16 +69,12 @@ def main() -> None:
     print('|---|---|---|---|---|---|---|---|---|---|---|')
     for name in names:
         print(row(name, args.out / name))
-    records = read(args.out / names[0])
-    pixels = {
-        key: 100 * values(records, f'eval/{key}')[0]
-        for key in ('knn/pixels_top1', 'linear/pixels_top1')
-    }
-    print('\nRaw pixels: ' + ', '.join(f'{k} {v:.1f} %' for k, v in pixels.items()))
+    pixels = found(args.out / names[0])['pixels']
+    print('\nRaw pixels: ' + ', '.join(f'{k} {100 * pixels[k]:.1f} %' for k in PIXELS))
 
 
-def run(commands: list[list[str]], jobs: int) -> None:
-    """Runs programs, `jobs` at a time, each of these on cores of its own.
+def run(commands: list[tuple[list[str], ...]], jobs: int) -> None:
+    """Runs groups of programs, `jobs` groups at a time, each of these on cores of its own.
 
     Raises:
         subprocess.CalledProcessError: one failed; those that had not begun are left out.
@@ -78,8 +86,12 @@ def run(commands: list[list[str]], jobs: int) -> None:
         if jobs > 1:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[next(shares) :: jobs])
 
+    def one(group: tuple[list[str], ...]) -> None:
+        for command in group:
+            subprocess.run(command, cwd=HERE, check=True)
+
     with concurrent.futures.ThreadPoolExecutor(jobs, initializer=pin) as pool:
-        for done in [pool.submit(subprocess.run, c, cwd=HERE, check=True) for c in commands]:
+        for done in [pool.submit(one, group) for group in commands]:
             try:
                 done.result()
             except BaseException:
@@ -87,12 +99,39 @@ def run(commands: list[list[str]], jobs: int) -> None:
                 raise
 
 
+def look(workdir: pathlib.Path, knn: dict, *, pixels: bool) -> None:
+    """Writes LOOKED into a run that has ended, unless all is there: state -> evaluator -> value."""
+    known = found(workdir)
+    wanted = {'before', 'after', *(['pixels'] if pixels else [])}
+    if wanted <= {*known}:
+        return
+    parts, trained = encoding.open_run(str(workdir))
+    config, mesh = program.config_of(workdir), parallel.make_mesh()
+    specs = {'knn': knn, 'collapse': {}, 'linear': {}}
+    with jax.set_mesh(mesh):
+        encoders = {'after': trained}
+        encoders['before'] = encoding.encoder(config, parts, mesh, parts.program.init())
+        encoders['pixels'] = encoding.encoder(config, parts, mesh, None)
+        for state in sorted(wanted - {*known}):
+            known[state] = {}
+            for name, options in specs.items():
+                if state == 'before' and name != 'knn':
+                    continue
+                evaluate = config_lib.build('evals', {'name': name, **options}, f'evals.{name}')
+                for key, value in evaluate(encoders[state]):
+                    if not isinstance(value, bytes):
+                        known[state][f'{name}/{key}'] = value
+            print(f'{workdir}, {state}: {known[state]}', flush=True)
+    (workdir / LOOKED).write_text(json.dumps(known))
+
+
+def found(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
+    path = workdir / LOOKED
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def read(workdir: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
-def values(records: list[dict], key: str) -> list[float]:
-    return [r[key] for r in records if key in r]
 
 
 def row(name: str, workdir: pathlib.Path) -> str:
@@ -104,16 +143,13 @@ def row(name: str, workdir: pathlib.Path) -> str:
         if rate := record.get('train/images_per_second'):
             seconds += (record['step'] - last) * batch / rate
             last = record['step']
-    knn = [f'{100 * v:.1f}' for v in values(records, 'eval/knn/top1')]
-    ends = {
-        key: values(records, f'eval/{key}')[-1]
-        for key in ('knn/top1_10_per_class', 'linear/top1_10_per_class', 'linear/top1')
-    }
-    spread = {key: values(records, f'eval/collapse/{key}')[-1] for key in ('std', 'rank')}
+    looked = found(workdir)
+    after = looked['after']
+    ends = ('knn/top1', 'knn/top1_10_per_class', 'linear/top1_10_per_class', 'linear/top1')
     cells = [
         *(name, f'{last}', f'{seconds / 60:.1f}', f'{(last - 1) * batch / seconds:.0f}'),
-        *(knn[0], knn[-1], *(f'{100 * v:.1f}' for v in ends.values())),
-        *(f'{spread["std"]:.2f}', f'{spread["rank"]:.0f}'),
+        *(f'{100 * v:.1f}' for v in (looked['before']['knn/top1'], *(after[k] for k in ends))),
+        *(f'{after["collapse/std"]:.2f}', f'{after["collapse/rank"]:.0f}'),
     ]
     return f'| {" | ".join(cells)} |'
 
