@@ -22,8 +22,9 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=950)
-    c.method = {'name': 'byol', 'momentum': 0.98, 'hidden': 512, 'projection': 128}
+    recipes.cifar10_small(c, steps=1000)
+    c.optim.learning_rate = 4e-3
+    c.method = {'name': 'byol', 'momentum': 0.95, 'hidden': 512, 'projection': 128}
 
 
 def cifar10(c: Config) -> None:

@@ -33,13 +33,16 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=950)
+    # Small batches, for more steps: kNN of held-out images after 800 was 39.8 %, after 400 of 64
+    # images at 4e-3 37.6 %.
+    recipes.cifar10_small(c, steps=1900)
+    c.batch_size, c.optim.learning_rate = 32, 3e-3
     c.method = {
         'name': 'dino',
-        'prototypes': 1024,
+        'prototypes': 256,
         'hidden': 512,
         'bottleneck': 128,
-        'momentum': 0.98,
+        'momentum': 0.97,
         'teacher_temperature': (0.04, 0.04),
         'batch_norm': True,
     }

@@ -22,7 +22,10 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=1150)
+    # Small batches, for more steps: kNN of held-out images after 800 was 40.0 %, after 400 of 64
+    # images at 8e-3 39.3 %.
+    recipes.cifar10_small(c, steps=2300)
+    c.batch_size, c.optim.learning_rate = 32, 3e-3
     c.method = {'name': 'simsiam', 'hidden': 512, 'projection': 512, 'predictor': 128, 'layers': 2}
 
 
