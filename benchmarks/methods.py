@@ -25,7 +25,7 @@ import jax
 from step_time import load
 
 from contrastive_jax import config as config_lib
-from contrastive_jax import encoding, parallel, program
+from contrastive_jax import encoding, metrics, parallel, program
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 LOOKED = 'looked.json'
@@ -44,11 +44,11 @@ def main() -> None:
     parser.add_argument('--look', help=argparse.SUPPRESS)
     parser.add_argument('--pixels', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    stems = sorted(p.stem for p in (HERE / 'configs').glob('*.py') if p.stem != 'eval')
-    images = [n for n in stems if n != 'simclr_vit' and not load(n, 'digits').text]
     if args.look:
         look(args.out / args.look, KNN[args.preset], pixels=args.pixels)
         return
+    stems = sorted(p.stem for p in (HERE / 'configs').glob('*.py') if p.stem != 'eval')
+    images = [n for n in stems if n != 'simclr_vit' and not load(n, 'digits').text]
     names = args.only.split(',') if args.only else images
     commands = []
     for name in names:
@@ -130,25 +130,20 @@ def found(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def read(workdir: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
 def row(name: str, workdir: pathlib.Path) -> str:
     """One method's line; the time is that of training alone, without compilation."""
-    records = read(workdir)
     batch = json.loads((workdir / 'config.json').read_text())['batch_size']
     seconds, last = 0.0, 1
-    for record in records:
+    for record in metrics.read(str(workdir)):
         if rate := record.get('train/images_per_second'):
             seconds += (record['step'] - last) * batch / rate
             last = record['step']
     looked = found(workdir)
-    after = looked['after']
+    before, after = looked['before'], looked['after']
     ends = ('knn/top1', 'knn/top1_10_per_class', 'linear/top1_10_per_class', 'linear/top1')
     cells = [
         *(name, f'{last}', f'{seconds / 60:.1f}', f'{(last - 1) * batch / seconds:.0f}'),
-        *(f'{100 * v:.1f}' for v in (looked['before']['knn/top1'], *(after[k] for k in ends))),
+        *(f'{100 * v:.1f}' for v in (before['knn/top1'], *(after[k] for k in ends))),
         *(f'{after["collapse/std"]:.2f}', f'{after["collapse/rank"]:.0f}'),
     ]
     return f'| {" | ".join(cells)} |'

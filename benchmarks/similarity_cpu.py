@@ -49,7 +49,7 @@ TORCH = {  # variant -> distribution
     'open_clip_gather': 'open_clip_torch',
     'lightly': 'lightly',
 }
-RANKS = {'open_clip_gather': 4, 'ours_sharded': 4}
+PARTS = {'open_clip_gather': 4, 'ours_sharded': 4}  # of the pairs: a rank's, a device's
 RATIOS = (
     *(('ours', other) for other in ('dense', 'open_clip', 'lightly')),
     *(('ours_sharded', other) for other in ('ours', 'open_clip_gather')),
@@ -100,7 +100,7 @@ def jax_call(loss: str, variant: str, a: Any, b: Any) -> Call:
 
     from contrastive_jax import losses, parallel
 
-    jax.config.update('jax_num_cpu_devices', RANKS.get(variant, 1))
+    jax.config.update('jax_num_cpu_devices', PARTS.get(variant, 1))
 
     def unit(x):
         return x / jnp.linalg.norm(x, axis=1, keepdims=True)
@@ -119,11 +119,10 @@ def jax_call(loss: str, variant: str, a: Any, b: Any) -> Call:
 
     function = {
         ('clip', 'ours'): lambda a, b: losses.clip(a, b, 1 / TEMPERATURE),
-        ('clip', 'ours_sharded'): lambda a, b: losses.clip(a, b, 1 / TEMPERATURE),
         ('clip', 'dense'): dense_clip,
         ('nt_xent', 'ours'): lambda a, b: losses.nt_xent(a, b, temperature=TEMPERATURE),
         ('nt_xent', 'dense'): dense_nt_xent,
-    }[loss, variant]
+    }[loss, variant.removesuffix('_sharded')]
     mesh = parallel.make_mesh()
     a, b = jax.device_put((a, b), parallel.rows(mesh))
     with jax.set_mesh(mesh):
@@ -141,7 +140,7 @@ def torch_call(loss: str, variant: str, a: Any, b: Any) -> Call:
     from torch import distributed  # pyright: ignore[reportMissingImports]
     from torch.nn.functional import normalize  # pyright: ignore[reportMissingImports]
 
-    ranks = RANKS.get(variant, 1)
+    ranks = PARTS.get(variant, 1)
     torch.set_num_threads(max(1, cores() // ranks))
     rank = 0
     if ranks > 1:
@@ -209,7 +208,7 @@ def run(loss: str, variant: str, args: argparse.Namespace) -> dict[str, Any]:
     python = args.peers if variant in TORCH else sys.executable
     sizes = f'--pairs={args.pairs}', f'--dimensions={args.dimensions}', f'--repeats={args.repeats}'
     command = [python, __file__, *sizes, '--turn', loss, variant]
-    ranks = RANKS.get(variant, 1) if variant in TORCH else 1
+    ranks = PARTS.get(variant, 1) if variant in TORCH else 1
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         where = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(s.getsockname()[1])}
