@@ -47,6 +47,8 @@ def main() -> None:
     if args.look:
         look(args.out / args.look, KNN[args.preset], pixels=args.pixels)
         return
+    if args.jobs > 1 and args.jobs > (cores := len(os.sched_getaffinity(0))):
+        parser.error(f'--jobs: got {args.jobs}; expected at most one a core, of which are {cores}.')
     stems = sorted(p.stem for p in (HERE / 'configs').glob('*.py') if p.stem != 'eval')
     images = [n for n in stems if n != 'simclr_vit' and not load(n, 'digits').text]
     names = args.only.split(',') if args.only else images
