@@ -5,8 +5,8 @@
 Every method's step of the preset, with one encoder and batch for all (the ResNet of SimCLR's
 config; a small ViT where a method needs tokens, beside SimCLR with that one), on random images that
 lie on the device. The methods take turns of four steps in one process; the first of a turn, which
-gets its memory anew, does not count. The table has the median and the fastest step: where other
-work shares the machine, their ratios differ by about as much as they are wrong.
+follows another method's, does not count. The table has the median and the fastest step: ratios that
+differ much say that the machine was not quiet.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import numpy as np
 from contrastive_jax import parallel, program
 from contrastive_jax.config import UserError
 
+TURN = 4  # steps, of which the first does not count
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 
 
@@ -72,14 +73,15 @@ def main() -> None:
             against[name] = base
         for _ in range(args.turns):
             for run in runs.values():
-                for i in range(4):
+                for i in range(TURN):
                     start = time.perf_counter()
                     run['state'], metrics = run['step'](run['state'], run['data'])
                     jax.block_until_ready(metrics)
                     if i:
                         run['times'].append(time.perf_counter() - start)
     times = {name: (statistics.median(r['times']), min(r['times'])) for name, r in runs.items()}
-    print(f'{batch} images, {3 * args.turns} steps, {jax.devices()[0].device_kind} x {mesh.size}\n')
+    counted = (TURN - 1) * args.turns
+    print(f'{batch} images, {counted} steps, {jax.devices()[0].device_kind} x {mesh.size}\n')
     print('| method | ms a step | of SimCLR: median | fastest | with the encoder of |')
     print('|---|---|---|---|---|')
     for name, both in times.items():
