@@ -25,7 +25,7 @@ def digits(c: Config) -> None:
 
 
 def flickr8k(c: Config) -> None:
-    recipes.flickr8k(c, steps=1800)
+    recipes.flickr8k(c, steps=6000)
     c.method = {**CLIP, 'projection': 256}
 
 

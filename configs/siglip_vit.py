@@ -36,8 +36,7 @@ def digits(c: Config) -> None:
 
 
 def flickr8k(c: Config) -> None:
-    recipes.flickr8k(c, steps=1800)
-    c.text.update(BOTH_WAYS)
+    recipes.flickr8k(c, steps=4000)
     c.method = {**SMALL_BATCH, 'projection': 256}
 
 

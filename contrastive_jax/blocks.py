@@ -108,10 +108,10 @@ class Block(nn.Module):
             start = nn.initializers.constant(self.layer_scale)
             y = y * self.param(name, start, (y.shape[-1],)).astype(y.dtype)[None, :]
         # A teacher has no key: it sees its batch's statistics, but drops nothing (DINO).
-        if not (train and self.drop_path and self.has_rng('drop_path')):
+        if not (train and self.drop_path and self.has_rng('drop')):
             return y
         keep = 1.0 - self.drop_path
-        kept_B11 = jax.random.bernoulli(self.make_rng('drop_path'), keep, (batch, 1, 1))
+        kept_B11 = jax.random.bernoulli(self.make_rng('drop'), keep, (batch, 1, 1))
         images = y.reshape(batch, -1, y.shape[-1])
         return jnp.where(kept_B11, images / keep, 0.0).reshape(y.shape)
 

@@ -133,7 +133,8 @@ def base() -> Config:
                 'mean': (0.485, 0.456, 0.406),
                 'std': (0.229, 0.224, 0.225),
                 'views': 2,
-                # Random-resized crop of the views, with the probability of a flip.
+                # Random-resized crop of the views, with the probability of a flip; `size`, the views'
+                # side, where it is not image_size.
                 'crop': {'scale': (0.08, 1.0), 'interpolation': 'bicubic', 'flip': 0.5},
                 # Multi-crop: further, smaller views of each image, and their share of its area.
                 'local_views': 0,
@@ -185,6 +186,11 @@ _DATASETS: dict[str, dict[str, Any]] = {
 def dataset(config: Config, name: str) -> None:
     """Points a config at a known data set: its source, image size and pixel statistics."""
     config.data.update(choose('data set', name, _DATASETS))
+
+
+def view_size(data: Config) -> int:
+    """H = W of a view that config.data asks for, in pixels."""
+    return data.crop.get('size', data.image_size)
 
 
 def preset(presets: Mapping[str, Callable[[Config], None]], arg: str | None) -> Config:

@@ -121,7 +121,7 @@ def build(
     pictures = augment.make(
         config.augment.to_dict(),
         views=d.views,
-        image_size=d.image_size,
+        image_size=config_lib.view_size(d),
         mean=d.mean,
         std=d.std,
         local_views=d.local_views,
@@ -137,7 +137,8 @@ def build(
         optim.make, 'config.optim', **config.optim, total_steps=total_steps, batch_size=size
     )
     split = parallel.rows(mesh)
-    shapes = {'views': (d.views, d.image_size, d.image_size, 3)}
+    side = config_lib.view_size(d)
+    shapes = {'views': (d.views, side, side, 3)}
     if d.local_views:
         shapes['local_views'] = (d.local_views, d.local_size, d.local_size, 3)
 

@@ -172,7 +172,7 @@ def _iterator(config: Config, parts: Parts) -> pipeline.BatchIterator:
         parts.splits['train'],
         batch_size=config.batch_size,
         views=d.views,
-        image_size=d.image_size,
+        image_size=config_lib.view_size(d),
         crop=d.crop.to_dict(),
         seed=config.seed,
         bad=parts.bad,

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from contrastive_jax import augment, data, parallel
+from contrastive_jax import config as config_lib
 from contrastive_jax.config import Config
 from contrastive_jax.data import BadRecord, geometry
 
@@ -39,7 +40,7 @@ def pairs(
         rounded to 8 bits. Zeros for a record that cannot be used.
     """
     d = config.data
-    side, views = d.image_size, d.views
+    side, views = config_lib.view_size(d), d.views
     draws = 2 if views == 1 else 1
     options = geometry.crop_options(d.crop)
     size = (views, side, d.local_views, d.local_size)

@@ -82,9 +82,22 @@ def test_preset_builds_and_steps_abstractly(path, name, monkeypatch):
         program = parts.program
         before = jax.eval_shape(program.init)
         after, metrics = jax.eval_shape(program.step, before, program.batch)
+        # Evaluators see images of one size, training views may have another.
+        size = config.data.image_size
+        images = {'image': jax.ShapeDtypeStruct((2, size, size, 3), np.float32)}
+        features = jax.eval_shape(program.method.encode, before.params, before.extra, images)
     assert jax.tree.structure(before) == jax.tree.structure(after)
     assert metrics['loss'].shape == ()
     assert parts.evaluators
+    assert features['features'].shape[0] == 2
+
+
+def test_views_may_be_smaller_than_what_evaluators_see():
+    config = load(next(p for p in CONFIGS if p.stem == 'clip_vit')).get_config('flickr8k')
+    assert config.data.image_size == 64
+    mesh = parallel.make_mesh()
+    with jax.set_mesh(mesh):
+        assert programs.build(config, mesh, 6000).batch['views'].shape == (128, 1, 48, 48, 3)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)

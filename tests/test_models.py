@@ -403,16 +403,28 @@ def test_resnet_is_the_papers(block):
 
 @pytest.mark.parametrize(
     ('batch', 'side', 'stride', 'padding', 'size'),
-    [(12, 3, 1, 1, 5), (7, 3, 2, 1, 6), (16, 4, 2, 1, 8), (3, 1, 2, 0, 4), (17, 7, 2, 3, 9)],
+    [
+        *[(12, 3, 1, 1, 5), (7, 3, 2, 1, 6), (16, 4, 2, 1, 8), (3, 1, 2, 0, 4), (17, 7, 2, 3, 9)],
+        # maps smaller than the kernel: not a convolution of XLA's on a CPU
+        *[(5, 3, 1, 1, 2), (4, 3, 2, 1, 1), (6, 7, 2, 3, 3)],
+    ],
 )
-def test_convolution_gradients(batch, side, stride, padding, size):
-    """Our kernel gradient, tiled over the batch, against loops in float64 and XLA's."""
+def test_convolution_and_its_gradients(batch, side, stride, padding, size):
+    """Ours (the kernel's tiled over the batch) against XLA's, and loops in float64."""
     x = images(batch, size, size + 2, 3)
     kernel = images(side, side, 3, 4)
     y, pull = jax.vjp(lambda x, k: resnet.convolve(x, k, stride, padding), x, kernel)
     d_y = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
     d_x, d_kernel = pull(d_y)
-    want = jax.vjp(lambda x, k: resnet._convolve(x, k, stride, padding), x, kernel)[1](d_y)
+    xla = partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(stride, stride),
+        padding=[(padding, padding)] * 2,
+        dimension_numbers=resnet.LAYOUT,
+    )
+    like, back = jax.vjp(xla, x, kernel)
+    np.testing.assert_allclose(y, like, atol=1e-4)
+    want = back(d_y)
     np.testing.assert_allclose(d_x, want[0], atol=1e-4)
     np.testing.assert_allclose(d_kernel, want[1], atol=1e-4)
     padded = np.pad(np.float64(x), ((0, 0), (padding, padding), (padding, padding), (0, 0)))

@@ -1,5 +1,6 @@
 """The text transformer: its formula, what a token sees, padding, errors."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -24,8 +25,8 @@ def drawn(module):
     return jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape) / 4), like)
 
 
-def oracle(params, ids, causal):
-    """One text, token by token, in float64: only those that are there."""
+def oracle(params, ids, causal, kept=slice(None)):
+    """One text, token by token, in float64: only those that are there, and kept."""
     p = jax.tree.map(lambda v: np.asarray(v, np.float64), params)
 
     def norm(at, v):
@@ -36,13 +37,13 @@ def oracle(params, ids, causal):
         return v @ at['kernel'] + at['bias']
 
     ids = ids[ids >= 0]
-    x = p['token_embedding'][ids] + p['position_embedding'][0, : len(ids)]
+    x = (p['token_embedding'][ids] + p['position_embedding'][0, : len(ids)])[kept]
     for i in range(2):
         b = p[f'block{i}']
         q, k, v = np.split(dense(b['attention']['qkv'], norm(b['norm1'], x)), 3, axis=-1)
         mixed = np.zeros_like(x)
         for head in (slice(0, 8), slice(8, 16)):
-            for t in range(len(ids)):
+            for t in range(len(x)):
                 seen = slice(0, t + 1) if causal else slice(None)
                 score = np.exp(k[seen, head] @ q[t, head] / np.sqrt(8))
                 mixed[t, head] = score / score.sum() @ v[seen, head]
@@ -66,6 +67,30 @@ def test_it_is_the_papers(causal, pool):
         np.testing.assert_allclose(named['tokens'][row, : len(want)], want, atol=1e-5)
         pooled = {'last': want[-1], 'first': want[0], 'mean': want.mean(0)}[pool]
         np.testing.assert_allclose(features[row], pooled, atol=1e-5)
+
+
+@pytest.mark.parametrize(('causal', 'pool'), [(True, 'last'), (False, 'mean')])
+def test_dropped_tokens_are_as_if_they_were_not_there(causal, pool):
+    module = transformer.make(**TINY, causal=causal, pool=pool, drop_tokens=0.3)
+    params = drawn(module)
+    texts = jnp.asarray(np.tile(IDS[1], (512, 1)))
+    (features, _), _ = apply(module, params, {}, texts, True, key=jax.random.key(3))
+    inner = [np.array(kept, bool) for kept in itertools.product((0, 1), repeat=4)]
+    want = []
+    for kept in inner:
+        tokens = oracle(params, IDS[1], causal, np.array([True, *kept, True]))
+        want.append(tokens[-1] if pool == 'last' else tokens.mean(0))
+    away = np.abs(np.asarray(features)[:, None] - np.stack(want)).max(axis=-1)
+    assert away.min(axis=1).max() < 1e-5
+    share = np.stack(inner)[away.argmin(axis=1)].mean(axis=0)
+    np.testing.assert_allclose(share, 0.7, atol=0.08)  # 4 standard deviations
+
+    # An evaluation, or no key: every token.
+    whole = transformer.make(**TINY, causal=causal, pool=pool)
+    (expected, _), _ = apply(whole, params, {}, texts[:2], True)
+    for train, key in ((False, jax.random.key(3)), (True, None)):
+        (features, _), _ = apply(module, params, {}, texts[:2], train, key=key)
+        np.testing.assert_array_equal(features, expected)
 
 
 def test_padding_changes_nothing_and_no_text_is_no_nan():
@@ -118,6 +143,7 @@ def test_what_an_encoder_is_given_is_what_it_starts_from():
         ({'depth': 0}, ['config.text.depth', 'got 0']),
         ({'pool': 'max'}, ["'max'", "'last'", "'first'", "'mean'"]),
         ({'pool': 'first'}, ['causal']),
+        ({'drop_tokens': 1.0}, ['config.text.drop_tokens', '1.0', 'below 1']),
         ({'dtype': 'float16'}, ["'float16'", "'bfloat16'"]),
     ],
 )

@@ -123,7 +123,7 @@ def apply(
         params, stats: from `init`.
         x: [B, ...].
         train: statistics of this batch, and random depth; else running averages, and all blocks.
-        key: of what the module draws in training (a ViT's drop_path); ignored by one that draws
+        key: of what the module draws in training (drop_path, drop_tokens); ignored if it draws
             nothing. None: nothing is drawn, and no block is left out (a teacher).
         **inputs: further arguments of the module's call, trees of arrays [B, ...].
     """
@@ -134,7 +134,7 @@ def apply(
     if isinstance(module, Pretrained):
         module = module.module
     variables = {'params': params, 'batch_stats': stats} if stats else {'params': params}
-    rngs = None if key is None else {'drop_path': key}
+    rngs = None if key is None else {'drop': key}
     if not (stats and train):
         return module.apply(variables, x, train=train, rngs=rngs, **inputs), stats
     outputs, new = module.apply(

@@ -32,9 +32,33 @@ LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=LAYOUT
-    )
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=LAYOUT
+        )
+
+    if min(x.shape[1:3]) >= kernel.shape[0]:
+        return plain(x, kernel)
+
+    # A CPU has no fast convolution of maps smaller than the kernel: of 2 × 2 × 256, XLA's took 60
+    # times as long as this product (and its gradient as many times).
+    def product(x, kernel):
+        patches = jnp.concatenate(_patches(x, len(kernel), stride, padding), axis=-1)
+        return patches @ kernel.reshape(-1, kernel.shape[-1])
+
+    return jax.lax.platform_dependent(x, kernel, cpu=product, default=plain)
+
+
+def _patches(x: jax.Array, side: int, stride: int, padding: int) -> list[jax.Array]:
+    """For each of the kernel's places, the inputs [B, H', W', C] that it meets."""
+    rows, columns = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    last = [rows + 2 * padding - side + 1, columns + 2 * padding - side + 1]
+    return [
+        x[:, p : p + last[0] : stride, q : q + last[1] : stride]
+        for p in range(side)
+        for q in range(side)
+    ]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -79,13 +103,7 @@ def _kernel_gradient(x, d_out, side, stride, padding):
 
     def add(total, i):
         one = jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
-        one = jnp.pad(one, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-        last = ((rows - 1) * stride + 1, (columns - 1) * stride + 1)
-        patches = [
-            one[:, p : p + last[0] : stride, q : q + last[1] : stride].reshape(-1, channels)
-            for p in range(side)
-            for q in range(side)
-        ]
+        patches = [p.reshape(-1, channels) for p in _patches(one, side, stride, padding)]
         d_one = jax.lax.dynamic_index_in_dim(d_out, i, axis=1, keepdims=False).reshape(-1, width)
         product = jnp.einsum(
             'PNC,ND->PCD', jnp.stack(patches), d_one, preferred_element_type=jnp.float32

@@ -31,6 +31,7 @@ class Transformer(nn.Module):
     activation: str = 'gelu_tanh'
     epsilon: float = 1e-6
     padding: int | None = None
+    drop_tokens: float = 0.0
 
     @nn.compact
     def __call__(self, ids_BT: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -48,7 +49,15 @@ class Transformer(nn.Module):
         table = self.param('token_embedding', normal(0.02), (self.vocabulary, self.width))
         positions = self.param('position_embedding', normal(0.01), (1, self.length, self.width))
         there_BT = ids_BT >= 0
+        count_B1 = jnp.maximum(there_BT.sum(axis=1, keepdims=True), 1)
+        last_BT = jnp.arange(length)[None, :] == count_B1 - 1
         x = table[jnp.maximum(ids_BT, 0)] + positions[:, :length]
+        if train and self.drop_tokens and self.has_rng('drop'):
+            # Both ends stay: one of them may be pooled.
+            kept_BT = jax.random.bernoulli(
+                self.make_rng('drop'), 1.0 - self.drop_tokens, ids_BT.shape
+            )
+            there_BT &= kept_BT.at[:, 0].set(True) | last_BT
         seen = there_BT[:, None, :]
         if self.causal:
             seen = seen & jnp.tril(jnp.ones((1, length, length), bool))
@@ -72,12 +81,12 @@ class Transformer(nn.Module):
 
         if self.pool == 'first':
             return x[:, 0], {'tokens': x}
-        # The share of each token: one for the last, or the same for all.
-        count_B1 = jnp.maximum(there_BT.sum(axis=1, keepdims=True), 1)
+        # The share of each token: one for the last, or the same for all that are seen.
         if self.pool == 'last':
-            share_BT = (jnp.arange(length)[None, :] == count_B1 - 1).astype(x.dtype)
+            share_BT = last_BT.astype(x.dtype)
         else:
-            share_BT = there_BT / count_B1.astype(x.dtype)
+            seen_B1 = jnp.maximum(there_BT.sum(axis=1, keepdims=True), 1)
+            share_BT = there_BT / seen_B1.astype(x.dtype)
         return jnp.einsum('BTD,BT->BD', x, share_BT), {'tokens': x}
 
 
@@ -94,6 +103,7 @@ def make(
     activation: str = 'gelu_tanh',
     epsilon: float = 1e-6,
     padding: int | None = None,
+    drop_tokens: float = 0.0,
     remat: bool = False,
     dtype: str = 'float32',
 ) -> Transformer:
@@ -113,6 +123,9 @@ def make(
         activation, epsilon: see `vit.make`.
         padding: an id that fills texts up to `length` and is a token as others are, seen and, if
             'last', pooled (SigLIP's published models); None: nothing sees what is behind a text.
+        drop_tokens: share of the tokens, in [0, 1), that a training step hides from all others and
+            from the mean, drawn anew each time (word dropout, Iyyer et al. 2015, "Deep unordered
+            composition rivals syntactic methods"); the first and the last token stay.
         remat, dtype: see `vit.make`.
 
     Raises:
@@ -135,6 +148,8 @@ def make(
     choose('activation', activation, ACTIVATIONS, where)
     if padding is not None and not 0 <= padding < vocabulary:
         raise UserError(f'{where}.padding: got {padding}; expected an id below {vocabulary}.')
+    if not 0 <= drop_tokens < 1:
+        raise UserError(f'{where}.drop_tokens: got {drop_tokens}; expected at least 0 and below 1.')
     if causal and pool == 'first':
         raise UserError(
             f"{where}: got pool='first' and causal=True: the first token sees no other."
@@ -153,4 +168,5 @@ def make(
         activation=activation,
         epsilon=epsilon,
         padding=padding,
+        drop_tokens=drop_tokens,
     )
