@@ -128,13 +128,15 @@ def base() -> Config:
                 'holdout': 0.1,
                 # A larger share of unusable images stops the run.
                 'max_bad': 0.01,
+                # The side of the images that evaluators and users give to the encoder, and of the
+                # training views; 0: the same.
                 'image_size': 224,
+                'view_size': 0,
                 # What encoders see is (pixel / 255 − mean) / std, per channel.
                 'mean': (0.485, 0.456, 0.406),
                 'std': (0.229, 0.224, 0.225),
                 'views': 2,
-                # Random-resized crop of the views, with the probability of a flip; `size`, the views'
-                # side, where it is not image_size.
+                # Random-resized crop of the views, with the probability of a flip.
                 'crop': {'scale': (0.08, 1.0), 'interpolation': 'bicubic', 'flip': 0.5},
                 # Multi-crop: further, smaller views of each image, and their share of its area.
                 'local_views': 0,
@@ -190,7 +192,7 @@ def dataset(config: Config, name: str) -> None:
 
 def view_size(data: Config) -> int:
     """H = W of a view that config.data asks for, in pixels."""
-    return data.crop.get('size', data.image_size)
+    return data.get('view_size') or data.image_size
 
 
 def preset(presets: Mapping[str, Callable[[Config], None]], arg: str | None) -> Config:

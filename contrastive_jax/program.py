@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 from absl import logging
@@ -117,6 +118,8 @@ def build(
     d = config.data
     size = config.batch_size
     parallel.check_batch(mesh, size, config.accumulate, config.microbatch)
+    if d.get('view_size', 0) < 0:
+        raise UserError(f'config.data.view_size: got {d.view_size}; expected 0 or more pixels.')
     method = build_method(config, start or {})
     pictures = augment.make(
         config.augment.to_dict(),
@@ -158,6 +161,8 @@ def build(
         return make({k: jnp.zeros(v.shape, v.dtype) for k, v in batch(1, jnp.float32).items()})
 
     state = parallel.lay_out(mesh, jax.eval_shape(init), config.fsdp)
+    if side != d.image_size:
+        _check_image_size(method, state, d.image_size, side)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
         make_step(method, tx, pictures, config.seed, total_steps, config.accumulate),
@@ -175,6 +180,18 @@ def build(
         step,
         state,
     )
+
+
+def _check_image_size(method: Method, state: TrainState, size: int, views: int) -> None:
+    """Raises UserError unless an encoder that is trained on views can encode images, too."""
+    images = {'image': jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)}
+    try:
+        jax.eval_shape(method.encode, state.params, state.extra, images)
+    except flax.errors.ScopeParamShapeError as error:
+        raise UserError(
+            f'config.data.view_size: got {views}, and config.data.image_size {size}; this encoder '
+            f'has parameters for images of one size: {error}'
+        ) from None
 
 
 def build_method(config: Config, start: Encoders) -> Method:
@@ -218,13 +235,15 @@ def pretrained(config: Config) -> Encoders:
     """
     workdir = config.init_from
     if weights.is_file(workdir):
-        read = weights.read(workdir, image_size=config.data.image_size)
+        read = weights.read(workdir, image_size=config_lib.view_size(config.data))
         theirs, found = read.config, dict(read.encoders)
     else:
         theirs = config_of(workdir)
         state = checkpoint.weights(workdir, checkpoint.newest(workdir))
         found = build_method(theirs, {}).encoders(*state)
     texts = [(c.text.to_dict(), c.data.text.to_dict()) for c in (config, theirs)]
+    for spec, _ in texts:
+        spec.pop('drop_tokens', None)  # changes how it is trained, not what it reads
     if weights.is_file(workdir) and config.text and config.data.text.tokenizer:
         sizes = [[c.data.text.get(n) for n in ('vocabulary', 'length')] for c in (config, theirs)]
         texts = [
@@ -300,7 +319,8 @@ def complete(config: Config) -> Config:
     """
     if not config.init_from or not weights.is_file(config.init_from):
         return config
-    theirs = weights.read(config.init_from, image_size=config.data.image_size).config
+    size = config_lib.view_size(config.data)
+    theirs = weights.read(config.init_from, image_size=size).config
     config = config.copy_and_resolve_references()
     with config.unlocked():
         for key in ('model', 'text'):

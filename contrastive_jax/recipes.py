@@ -72,12 +72,12 @@ def text_tower(c: Config, vocabulary: int, length: int, **model: Any) -> None:
 def flickr8k(c: Config, steps: int) -> None:
     """Flickr8k in Karpathy's layout, in less than half an hour of two CPU cores."""
     captions(c, batch=128)
-    c.total_steps, c.data.image_size = steps, 64
+    c.total_steps, c.data.image_size, c.data.view_size = steps, 64, 48
     c.log_every, c.checkpoint_every = 100, 500
     # 6,000 images are soon known by heart: small crops, flips, hidden words and much decay. Hues
-    # stay. In crops of 48 pixels things are as large as in whole pictures of 64 (Touvron et al.
+    # stay. In views of 48 pixels things are as large as in whole pictures of 64 (Touvron et al.
     # 2019, arXiv:1906.06423).
-    c.data.crop = {'size': 48, 'scale': (0.25, 1.0), 'interpolation': 'bicubic', 'flip': 0.5}
+    c.data.crop = {'scale': (0.25, 1.0), 'interpolation': 'bicubic', 'flip': 0.5}
     c.augment = {'jitter': {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4}}
     c.model = {**SMALL_RESNET, 'widths': (64, 128, 256), 'blocks': (1, 1, 1)}
     text = {'width': 128, 'depth': 1, 'heads': 2, 'causal': False, 'pool': 'mean'}

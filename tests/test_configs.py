@@ -98,6 +98,14 @@ def test_views_may_be_smaller_than_what_evaluators_see():
     mesh = parallel.make_mesh()
     with jax.set_mesh(mesh):
         assert programs.build(config, mesh, 6000).batch['views'].shape == (128, 1, 48, 48, 3)
+        with config.unlocked():
+            config.model.update({'widths': (64,), 'blocks': (1,), 'pool': 'attention'})
+        with pytest.raises(UserError, match='view_size: got 48, and'):
+            programs.build(config, mesh, 6000)
+        with config.unlocked():
+            config.data.view_size = -1
+        with pytest.raises(UserError, match='view_size: got -1'):
+            programs.build(config, mesh, 6000)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)

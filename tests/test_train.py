@@ -146,7 +146,7 @@ def test_a_run_with_captions_goes_on_with_the_same_bits(tmp_path):
         '--config.text.heads=2',
         '--config.method.projection=8',
         "--config.evals={'retrieval': {}}",
-        "--config.data.crop={'size': 12, 'scale': (0.5, 1.0)}",
+        '--config.data.view_size=12',
     ]
     finish(start(tmp_path / 'whole', tiny=tiny))
     kill(tmp_path / 'killed', 8, tiny)

@@ -117,15 +117,13 @@ def crop_options(crop: Mapping[str, Any], where: str = 'config.data.crop') -> di
     """The keywords of random_resized_crop that a config sets, checked before any thread starts.
 
     Args:
-        crop: some of scale, ratio, interpolation and flip, and maybe `size`, which is left out.
+        crop: some of scale, ratio, interpolation and flip.
         where: the config key, for errors.
 
     Raises:
         UserError: unknown key, or a value outside its range.
     """
-    options = {key: crop[key] for key in crop if key != 'size'}
-    if crop.get('size', 1) < 1:
-        raise config.UserError(f'{where}.size: got {crop["size"]}, expected at least 1 pixel.')
+    options = {key: crop[key] for key in crop}
     for key in options:
         config.choose('key', key, dict.fromkeys(('scale', 'ratio', 'interpolation', 'flip')), where)
     config.choose('interpolation', options.get('interpolation', 'bicubic'), INTERPOLATION, where)

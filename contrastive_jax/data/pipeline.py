@@ -82,7 +82,7 @@ def train_iterator(
         batch_size: B, over all processes.
         views: V, crops of each image.
         image_size: H = W of a crop, pixels.
-        crop: see geometry.crop_options.
+        crop: keywords of geometry.random_resized_crop: scale, ratio, interpolation, flip.
         seed: an integer, 0 to 2**64 - 1.
         bad: the register.
         local_views: L, further crops of each image (multi-crop, Caron et al. 2020,

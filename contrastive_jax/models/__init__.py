@@ -122,7 +122,7 @@ def apply(
         module: the module.
         params, stats: from `init`.
         x: [B, ...].
-        train: statistics of this batch, and random depth; else running averages, and all blocks.
+        train: statistics of this batch, and what is drawn; else running averages, and all of it.
         key: of what the module draws in training (drop_path, drop_tokens); ignored if it draws
             nothing. None: nothing is drawn, and no block is left out (a teacher).
         **inputs: further arguments of the module's call, trees of arrays [B, ...].

@@ -286,7 +286,9 @@ def _parts(weights: Weights) -> tuple[Any, Arrays, int]:
         flat |= {k: v.astype(np.float32) for k, v in names.flatten(tree).items()}
     flat.pop('mask_token', None)  # of no use without masks
     size = weights.config.data.image_size
-    if hasattr(module, 'position') and 'position_embedding' not in flat:
+    if 'position_embedding' in flat:  # learned on views, which may have another size
+        size = config_lib.view_size(weights.config.data)
+    elif hasattr(module, 'position'):
         side = size // module.patch
         fixed = sincos2d(side, side, module.width)
         flat['position_embedding'] = np.pad(fixed, ((int(module.cls_token), 0), (0, 0)))[None]
