@@ -120,11 +120,12 @@ def build(
     parallel.check_batch(mesh, size, config.accumulate, config.microbatch)
     if d.get('view_size', 0) < 0:
         raise UserError(f'config.data.view_size: got {d.view_size}; expected 0 or more pixels.')
+    side = config_lib.view_size(d)
     method = build_method(config, start or {})
     pictures = augment.make(
         config.augment.to_dict(),
         views=d.views,
-        image_size=config_lib.view_size(d),
+        image_size=side,
         mean=d.mean,
         std=d.std,
         local_views=d.local_views,
@@ -140,7 +141,6 @@ def build(
         optim.make, 'config.optim', **config.optim, total_steps=total_steps, batch_size=size
     )
     split = parallel.rows(mesh)
-    side = config_lib.view_size(d)
     shapes = {'views': (d.views, side, side, 3)}
     if d.local_views:
         shapes['local_views'] = (d.local_views, d.local_size, d.local_size, 3)

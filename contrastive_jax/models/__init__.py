@@ -122,9 +122,9 @@ def apply(
         module: the module.
         params, stats: from `init`.
         x: [B, ...].
-        train: statistics of this batch, and what is drawn; else running averages, and all of it.
+        train: statistics of this batch, and random drops; else running averages, and no drops.
         key: of what the module draws in training (drop_path, drop_tokens); ignored if it draws
-            nothing. None: nothing is drawn, and no block is left out (a teacher).
+            nothing. None: nothing is drawn, and nothing is left out (a teacher).
         **inputs: further arguments of the module's call, trees of arrays [B, ...].
     """
     if isinstance(module, Microbatched):
