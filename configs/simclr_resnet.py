@@ -6,6 +6,7 @@
 |---|---|---|
 | `:digits` (the default) | scikit-learn's handwritten digits, embedded | 2 CPU cores, 3 minutes |
 | `:cifar10_small` | CIFAR-10 | 2 CPU cores, 7 minutes |
+| `:flickr8k` | Flickr8k's pictures: `--config.data.root=DIR` | 2 CPU cores, 10 minutes |
 | `:cifar10` | CIFAR-10 through TFDS; the authors' ResNet-18 | one GPU |
 | `:imagenet` | ImageNet through TFDS; the paper's ResNet-50 | a TPU or GPU slice |
 | `:folder` | your pictures: `--config.data.root=DIR` | one GPU |
@@ -33,6 +34,14 @@ def cifar10_small(c: Config) -> None:
     c.method = {'name': 'simclr', 'temperature': 0.1, 'hidden': 512, 'projection': 128}
 
 
+def flickr8k(c: Config) -> None:
+    """The image encoder that `clip_vit.py:flickr8k` can start from, of the same 6,000 pictures."""
+    cifar10_small(c)
+    config_lib.dataset(c, 'captions')
+    c.total_steps, c.data.image_size, c.model = 3000, 48, recipes.FLICKR8K_RESNET
+    c.evals, c.best = {'collapse': {}}, 'eval/collapse/rank'  # there are no classes
+
+
 def cifar10(c: Config) -> None:
     """The authors' CIFAR-10 command (README of google-research/simclr): 91 % linear, they say."""
     recipes.cifar10(c, epochs=1000.0, batch=512)
@@ -55,5 +64,5 @@ def folder(c: Config) -> None:
 
 
 def get_config(arg: str | None = None) -> Config:
-    presets = (digits, cifar10_small, cifar10, imagenet, folder)
+    presets = (digits, cifar10_small, flickr8k, cifar10, imagenet, folder)
     return config_lib.preset({p.__name__: p for p in presets}, arg)

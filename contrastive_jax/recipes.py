@@ -22,6 +22,7 @@ SMALL_RESNET = {
     'blocks': (1, 1),
     'zero_init_last': False,
 }
+FLICKR8K_RESNET = {**SMALL_RESNET, 'widths': (64, 128, 256), 'blocks': (1, 1, 1)}
 
 
 def digits(c: Config, steps: int = 1000) -> None:
@@ -79,7 +80,7 @@ def flickr8k(c: Config, steps: int) -> None:
     # 2019, arXiv:1906.06423).
     c.data.crop = {'scale': (0.25, 1.0), 'interpolation': 'bicubic', 'flip': 0.5}
     c.augment = {'jitter': {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4}}
-    c.model = {**SMALL_RESNET, 'widths': (64, 128, 256), 'blocks': (1, 1, 1)}
+    c.model = FLICKR8K_RESNET
     text = {'width': 128, 'depth': 1, 'heads': 2, 'causal': False, 'pool': 'mean'}
     text_tower(c, vocabulary=4096, length=24, **text, drop_tokens=0.2)
     c.optim.update({'learning_rate': 3e-3, 'weight_decay': 1.0, 'b2': 0.98})

@@ -108,6 +108,16 @@ def test_views_may_be_smaller_than_what_evaluators_see():
             programs.build(config, mesh, 6000)
 
 
+def test_clip_of_flickr8k_can_start_from_simclr_of_its_pictures():
+    by_name = {p.stem: load(p) for p in CONFIGS}
+    start = by_name['simclr_resnet'].get_config('flickr8k')
+    for name in ('clip_vit', 'siglip_vit'):
+        config = by_name[name].get_config('flickr8k')
+        assert config.model == start.model
+        for key in ('source', 'mean', 'std'):
+            assert config.data[key] == start.data[key], key
+
+
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
 def test_default_preset_is_the_embedded_data(path):
     assert load(path).get_config().data.source in ('digits', 'digits:grids')
