@@ -71,7 +71,7 @@ def text_tower(c: Config, vocabulary: int, length: int, **model: Any) -> None:
 
 
 def flickr8k(c: Config, steps: int) -> None:
-    """Flickr8k in Karpathy's layout, in about half an hour of two CPU cores."""
+    """Flickr8k in Karpathy's layout, in less than 20 minutes of two CPU cores."""
     captions(c, batch=128)
     c.total_steps, c.data.image_size, c.data.view_size = steps, 64, 48
     c.log_every, c.checkpoint_every = 100, 500
