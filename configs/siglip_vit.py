@@ -5,7 +5,7 @@
 | preset | data | made for |
 |---|---|---|
 | `:digits` (the default) | grids of digits with captions, embedded | 2 CPU cores, 3 minutes |
-| `:flickr8k` | Flickr8k: `--config.data.root=DIR` | 2 CPU cores, 20 minutes |
+| `:flickr8k` | Flickr8k: `--config.data.root=DIR` | 2 CPU cores, 15 minutes |
 | `:captions` | your pictures and captions: `--config.data.root=DIR` | one GPU |
 | `:webdataset` | tars of pictures and captions: `--config.data.root=DIR`; CC3M's size | 8 GPUs |
 | `:webli` | the same at the paper's scale, ViT-B/16 | a TPU or GPU slice |

@@ -6,7 +6,7 @@
 |---|---|---|
 | `:digits` (the default) | scikit-learn's handwritten digits, embedded | 2 CPU cores, 3 minutes |
 | `:cifar10_small` | CIFAR-10 | 2 CPU cores, 7 minutes |
-| `:flickr8k` | Flickr8k's pictures: `--config.data.root=DIR` | 2 CPU cores, 10 minutes |
+| `:flickr8k` | Flickr8k's pictures: `--config.data.root=DIR` | 2 CPU cores, 7 minutes |
 | `:cifar10` | CIFAR-10 through TFDS; the authors' ResNet-18 | one GPU |
 | `:imagenet` | ImageNet through TFDS; the paper's ResNet-50 | a TPU or GPU slice |
 | `:folder` | your pictures: `--config.data.root=DIR` | one GPU |
