@@ -55,7 +55,7 @@ def exactness(pairs: int, microbatch: int, image_size: int) -> None:
     import jax.numpy as jnp
     import optax
 
-    from contrastive_jax import parallel, program
+    from contrastive_jax import experiment, parallel
 
     mesh = parallel.make_mesh(jax.devices()[:1])
     parts = pairs // microbatch
@@ -63,7 +63,7 @@ def exactness(pairs: int, microbatch: int, image_size: int) -> None:
     key, progress = jax.random.key(0), jnp.float32(0)
     with jax.set_mesh(mesh):
         whole, cached = (
-            program.build(recipe(pairs, m, image_size), mesh, pairs) for m in (0, microbatch)
+            experiment.build(recipe(pairs, m, image_size), mesh, pairs) for m in (0, microbatch)
         )
         state = whole.init()
 
@@ -102,11 +102,11 @@ def step(pairs: int, microbatch: int, image_size: int) -> None:
     import numpy as np
     from similarity_cpu import forget_peak, peak
 
-    from contrastive_jax import parallel, program
+    from contrastive_jax import experiment, parallel
 
     mesh = parallel.make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
-        built = program.build(recipe(pairs, microbatch, image_size), mesh, pairs)
+        built = experiment.build(recipe(pairs, microbatch, image_size), mesh, pairs)
         compiled = built.step.lower(built.state, built.batch).compile()
         temporaries = compiled.memory_analysis().temp_size_in_bytes
         print(json.dumps({'temporaries': temporaries}), flush=True)

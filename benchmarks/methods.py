@@ -25,7 +25,8 @@ import jax
 from step_time import load
 
 from contrastive_jax import config as config_lib
-from contrastive_jax import encoding, metrics, parallel, program
+from contrastive_jax import experiment, inference, parallel
+from contrastive_jax.workdir import records
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 LOOKED = 'looked.json'
@@ -107,13 +108,13 @@ def look(workdir: pathlib.Path, knn: dict, *, pixels: bool) -> None:
     wanted = {'before', 'after', *(['pixels'] if pixels else [])}
     if wanted <= {*known}:
         return
-    parts, trained = encoding.open_run(str(workdir))
-    config, mesh = program.config_of(workdir), parallel.make_mesh()
+    parts, trained = inference.open_run(str(workdir))
+    config, mesh = experiment.config_of(workdir), parallel.make_mesh()
     specs = {'knn': knn, 'collapse': {}, 'linear': {}}
     with jax.set_mesh(mesh):
         encoders = {'after': trained}
-        encoders['before'] = encoding.encoder(config, parts, mesh, parts.program.init())
-        encoders['pixels'] = encoding.encoder(config, parts, mesh, None)
+        encoders['before'] = inference.encoder(config, parts, mesh, parts.program.init())
+        encoders['pixels'] = inference.encoder(config, parts, mesh, None)
         for state in sorted(wanted - {*known}):
             known[state] = {}
             for name, options in specs.items():
@@ -136,7 +137,7 @@ def row(name: str, workdir: pathlib.Path) -> str:
     """One method's line; the time is that of training alone, without compilation."""
     batch = json.loads((workdir / 'config.json').read_text())['batch_size']
     seconds, last = 0.0, 1
-    for record in metrics.read(str(workdir)):
+    for record in records.read(str(workdir)):
         if rate := record.get('train/images_per_second'):
             seconds += (record['step'] - last) * batch / rate
             last = record['step']

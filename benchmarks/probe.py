@@ -4,7 +4,7 @@
 
 Features are synthetic: overlapping Gaussian classes on scales from 0.1 to 10, the same on every
 machine. The linear probe solves one problem, standardised features and strength 100, to its
-minimum: ours by `contrastive_jax.logistic`, theirs by LogisticRegression(C=0.01, tol=1e-4). kNN is
+minimum: ours by `evaluation.logistic`, theirs by LogisticRegression(C=0.01, tol=1e-4). kNN is
 the weighted vote with cosines, k 20 and T 0.07; theirs is KNeighborsClassifier by brute force.
 Prints a table: seconds without and with compilation (ours), seconds of scikit-learn, their ratio,
 test accuracies and their difference, and for the probe how far the objective is above the lower of
@@ -21,8 +21,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from contrastive_jax import logistic, parallel
+from contrastive_jax import parallel
 from contrastive_jax.evals import knn
+from contrastive_jax.evaluation import logistic
 
 STRENGTH, K, TEMPERATURE = 100.0, 20, 0.07
 

@@ -19,8 +19,9 @@ os.environ.setdefault('TPU_STDERR_LOG_LEVEL', '3')
 import jax
 import jax.numpy as jnp
 
-from contrastive_jax import hlo, losses, parallel
-from contrastive_jax.chips import devices
+from contrastive_jax import losses, parallel
+from contrastive_jax.planning import hlo
+from contrastive_jax.planning.chips import devices
 
 RING = {'exchange': 'ring'}
 OURS = {

@@ -18,7 +18,7 @@ import time
 import jax
 import numpy as np
 
-from contrastive_jax import parallel, program
+from contrastive_jax import experiment, parallel
 from contrastive_jax.config import UserError
 
 TURN = 4  # steps, of which the first does not count
@@ -33,7 +33,7 @@ def prepare(name: str, preset: str, model, batch: int, mesh) -> dict:
     config = load(name, preset)
     with config.unlocked():
         config.model, config.batch_size = model, batch
-    built = program.build(config, mesh, 50_000)
+    built = experiment.build(config, mesh, 50_000)
     rng = np.random.default_rng(0)
 
     def random(x):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from contrastive_jax import main as cli
+from contrastive_jax import cli
 from contrastive_jax.config import UserError
 
 IMAGES = flags.DEFINE_string('images', '', 'Directory of JPEG, PNG and WebP files, at any depth.')
@@ -30,13 +30,13 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--what: got {WHAT.value!r}; of texts there is the 'embedding' alone.")
     import jax
 
-    from contrastive_jax import encoding, index, parallel
+    from contrastive_jax import index, inference, parallel
 
     index.prepare(OUT.value)
     cli.quiet()
     cli.compilation_cache()
     parallel.initialize(cli.COORDINATOR.value, cli.PROCESSES.value, cli.PROCESS.value)
-    encoder = encoding.load(cli.WORKDIR.value, batch_size=BATCH_SIZE.value)
+    encoder = inference.load(cli.WORKDIR.value, batch_size=BATCH_SIZE.value)
     if TEXTS.value:
         made = index.of_texts(encoder, TEXTS.value)
     else:

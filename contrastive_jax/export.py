@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from absl import flags, logging
 from etils import epath
 
-from contrastive_jax import main as cli
+from contrastive_jax import cli
 from contrastive_jax.config import UserError, choose
 
 FORMAT = flags.DEFINE_string('format', 'safetensors', 'safetensors, timm, transformers, stablehlo.')
@@ -48,9 +48,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _safetensors(workdir: str, out: str) -> dict[str, bytes]:
-    from contrastive_jax import encoding, weights
+    from contrastive_jax import inference, weights
 
-    found = encoding.weights_of(workdir)
+    found = inference.weights_of(workdir)
     about = json.dumps(weights.described(found), indent=2) + '\n'
     return {f'{os.path.splitext(out)[0]}.json': about.encode(), out: weights.content(found)}
 
@@ -64,18 +64,18 @@ def _transformers(workdir: str, out: str) -> dict[str, bytes]:
 
 
 def _folder(target: str, workdir: str, out: str) -> dict[str, bytes]:
-    from contrastive_jax import encoding
+    from contrastive_jax import inference
     from contrastive_jax.weights import targets
 
-    found = getattr(targets, target)(encoding.weights_of(workdir))
+    found = getattr(targets, target)(inference.weights_of(workdir))
     return {os.path.join(out, name): targets.content(x) for name, x in found.items()}
 
 
 def _stablehlo(workdir: str, out: str) -> dict[str, bytes]:
-    from contrastive_jax import encoding
+    from contrastive_jax import inference
     from contrastive_jax.weights import stablehlo
 
-    program, about = stablehlo.make(encoding.weights_of(workdir), PIXELS.value)
+    program, about = stablehlo.make(inference.weights_of(workdir), PIXELS.value)
     about = {'file': os.path.basename(out), **about}
     return {f'{out}.json': (json.dumps(about, indent=2) + '\n').encode(), out: program}
 

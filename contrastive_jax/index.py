@@ -18,11 +18,11 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from contrastive_jax import checkpoint
 from contrastive_jax.config import UserError
 from contrastive_jax.data.bad_records import BadRecords
 from contrastive_jax.data.sources import folder
-from contrastive_jax.encoding import Trained
+from contrastive_jax.inference import Trained
+from contrastive_jax.workdir import checkpoint
 
 KINDS = {'images': 'paths', 'texts': 'texts'}
 EVERY = 10  # seconds between lines of progress

@@ -1,7 +1,7 @@
 """Devices: one mesh, how state and batches lie on it, and several processes as one program.
 
 Batch rows are sharded over the mesh's first axis, parameters are replicated. Everything else is
-plain single-device mathematics under `jit`; only `similarity.py` talks to its neighbours itself.
+plain single-device mathematics under `jit`; only `similarity` talks to its neighbours itself.
 """
 
 import math

@@ -19,10 +19,10 @@ from typing import Any
 
 from absl import flags
 
-from contrastive_jax import chips
-from contrastive_jax import main as cli
-from contrastive_jax.chips import GiB
+from contrastive_jax import cli
 from contrastive_jax.config import Config, UserError
+from contrastive_jax.planning import chips
+from contrastive_jax.planning.chips import GiB
 
 TOPOLOGY = flags.DEFINE_string(
     'topology', '', 'Chips and their grid, v5e:4x8 or v4:2x2x4; h100:4x8 are 4 nodes of 8 GPUs.'
@@ -55,8 +55,9 @@ def plan(config: Config, topology: str, images: int, tuned: bool = False) -> dic
     """
     import jax
 
-    from contrastive_jax import hlo, parallel
-    from contrastive_jax import program as programs
+    from contrastive_jax import experiment as programs
+    from contrastive_jax import parallel
+    from contrastive_jax.planning import flops, hlo
 
     chip, slice_ = chips.devices(topology)
     options = chip.options or (None if tuned else QUICK)
@@ -81,7 +82,7 @@ def plan(config: Config, topology: str, images: int, tuned: bool = False) -> dic
             'total_steps': program.total_steps,
             'state_bytes': state_bytes,
             'hbm_bytes': chip.memory,
-            'model_flops': jaxpr_flops(model.jaxpr.jaxpr, 'cuda' if chip.target else 'tpu'),
+            'model_flops': flops.jaxpr_flops(model.jaxpr.jaxpr, 'cuda' if chip.target else 'tpu'),
         }
         try:
             compiled = traced.lower().compile(compiler_options=options)
@@ -165,79 +166,6 @@ def remedies(
             if tried['fits'] or setting is settings[-1]:
                 found.append((name, tried))
                 break
-    return found
-
-
-def jaxpr_flops(jaxpr: Any, platform: str = 'cpu') -> float:
-    """FLOPs of a traced program's matrix products and convolutions, loops counted in full.
-
-    Two a multiply-add. Of a conditional the dearest branch counts, or the one for the platform (as
-    `jax.lax.platform_dependent` names them), of a `while` one turn; what `shard_map` runs on every
-    device counts as often. What no result needs does not count.
-    """
-    from jax.interpreters import partial_eval
-
-    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _flops(needed, platform)
-
-
-def _flops(jaxpr: Any, platform: str) -> float:
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == 'dot_general':
-            (contracted, _), _ = params['dimension_numbers']
-            left = eqn.invars[0].aval.shape
-            total += 2.0 * eqn.outvars[0].aval.size * math.prod(left[d] for d in contracted)
-            continue
-        if name == 'conv_general_dilated':
-            total += _convolution_flops(eqn)
-            continue
-        inner = [_flops(j, platform) for j in _subprograms(params)]
-        if name == 'cond':
-            kinds = params.get('branches_platforms') or ()
-            here = [f for f, k in zip(inner, kinds, strict=False) if k is None or platform in k]
-            total += here[0] if here else max(inner, default=0.0)
-        elif name == 'scan':
-            total += params['length'] * sum(inner)
-        elif name == 'shard_map':
-            total += params['mesh'].size * sum(inner)
-        else:
-            total += sum(inner)
-    return total
-
-
-def _convolution_flops(eqn: Any) -> float:
-    """As many as without what meets padding or the holes of a strided one's gradient."""
-    from contrastive_jax import hlo
-
-    p = eqn.params
-    left, right = (v.aval.shape for v in eqn.invars)
-    (batch, _, *places), (outputs, inputs, *window), (_, _, *results) = p['dimension_numbers']
-    total = 2.0 * left[batch] / p['batch_group_count'] * right[outputs] * right[inputs]
-    for d, place in enumerate(places):
-        total *= hlo.taps(
-            left[place],
-            eqn.outvars[0].aval.shape[results[d]],
-            right[window[d]],
-            p['window_strides'][d],
-            p['padding'][d][0],
-            p['lhs_dilation'][d],
-            p['rhs_dilation'][d],
-        )
-    return total
-
-
-def _subprograms(params: dict[str, Any]) -> list[Any]:
-    found = []
-    for key, value in params.items():
-        if key in ('fwd_jaxpr_thunk', 'bwd', 'cond_jaxpr'):
-            continue
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(item, 'eqns'):
-                found.append(item)
-            elif hasattr(item, 'jaxpr'):
-                found.append(item.jaxpr)
     return found
 
 

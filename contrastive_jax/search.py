@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from contrastive_jax import main as cli
+from contrastive_jax import cli
 from contrastive_jax.config import UserError
 
 INDEX = flags.DEFINE_string('index', '', 'The .npz or .parquet file that `embed` has written.')
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError('query: the text is empty.')
     if OUT.value and not OUT.value.lower().endswith('.png'):
         raise UserError(f'--out: got {OUT.value!r}; expected a name that ends in .png.')
-    from contrastive_jax import encoding, figures
+    from contrastive_jax import figures, inference
     from contrastive_jax import index as indices
 
     index = indices.read(INDEX.value)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f'--out: {INDEX.value} is of texts, which are not drawn.')
     cli.quiet()
     cli.compilation_cache()
-    encoder = encoding.load(cli.WORKDIR.value, batch_size=min(len(queries), 8))
+    encoder = inference.load(cli.WORKDIR.value, batch_size=min(len(queries), 8))
     indices.check(index, encoder)
     texts = [query for query, is_path in queries if not is_path]
     pictures = [query for query, is_path in queries if is_path]

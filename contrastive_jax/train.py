@@ -20,21 +20,13 @@ from clu import parameter_overview
 from etils import epath
 from jax.experimental import multihost_utils
 
-from contrastive_jax import (
-    STARTED,
-    checkpoint,
-    encoding,
-    environment,
-    figures,
-    parallel,
-    program,
-)
+from contrastive_jax import STARTED, experiment, figures, inference, parallel
 from contrastive_jax import config as config_lib
-from contrastive_jax import metrics as records
 from contrastive_jax.config import Config, UserError
-from contrastive_jax.data import pipeline
-from contrastive_jax.program import Parts
+from contrastive_jax.experiment import Parts
+from contrastive_jax.inputs import pipeline
 from contrastive_jax.state import TrainState
+from contrastive_jax.workdir import checkpoint, environment, records
 
 
 def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, float]:
@@ -58,8 +50,8 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
     for key in config:
         if key not in config_lib.base():
             raise config_lib.unknown('key', key, config_lib.base(), 'config')
-    config = program.complete(program.resolve(config, workdir, eval_only))
-    free = program.LOOKED_AT if eval_only else ()
+    config = experiment.complete(experiment.resolve(config, workdir, eval_only))
+    free = experiment.LOOKED_AT if eval_only else ()
     checkpoint.check(workdir, config.to_dict(), must_exist=eval_only, free=free)
     if config.method.get('locked') and not config.init_from:
         raise UserError(
@@ -68,7 +60,7 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
     with jax.set_mesh(mesh):
         if eval_only:
             return _evaluate_only(config, workdir, mesh)
-        parts = program.build_parts(config, workdir, mesh)
+        parts = experiment.build_parts(config, workdir, mesh)
         iterator = _iterator(config, parts)
         # Nothing is written before all that a config can get wrong has been found right.
         checkpoint.claim(workdir, config.to_dict())
@@ -201,7 +193,7 @@ def _refresh(
 
     def refresh(state: TrainState) -> TrainState:
         start = time.monotonic()
-        embeddings = encoding.encoder(config, parts, mesh, state, embed).features('train').x_ND
+        embeddings = inference.encoder(config, parts, mesh, state, embed).features('train').x_ND
         key = jax.random.fold_in(jax.random.key(config.seed ^ 0xE57E9), state.step)
         progress = state.step / parts.program.total_steps
         extra = update(state.extra, embeddings, key, progress)
@@ -214,8 +206,8 @@ def _refresh(
 
 def _evaluate_only(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Evaluates the newest checkpoint, and the baselines as far as the run has not done so."""
-    other = program.other_data(config, workdir)
-    parts = program.build_parts(config, workdir, mesh, other_data=bool(other))
+    other = experiment.other_data(config, workdir)
+    parts = experiment.build_parts(config, workdir, mesh, other_data=bool(other))
     step = checkpoint.newest(workdir)
     params, extra = checkpoint.weights(workdir, step)
     weights = {'params': params, 'extra': extra}
@@ -228,7 +220,7 @@ def _evaluate_only(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> dic
         values = _evaluate(config, folder, parts, mesh, state)
         writer.write(step, values)
         # What the run itself has found at step 0 is good for the evaluators that are its own.
-        own = {} if other else program.config_of(workdir).evals.to_dict()
+        own = {} if other else experiment.config_of(workdir).evals.to_dict()
         given = json.loads(json.dumps(config.evals.to_dict()))
         start = [r for r in records.read(folder) if r['step'] == 0]
         done = {key.split('/')[1] for r in start for key in r if key.startswith('eval/')}
@@ -255,11 +247,11 @@ def _baselines(
     built = parts.program
     if config.init_from:
         try:
-            start = program.pretrained(config)
+            start = experiment.pretrained(config)
         except UserError as error:
             logging.warning('the weights that the run started from are gone: %s', error)
             return values
-        built = program.build(config, mesh, len(parts.splits['train']), start)
+        built = experiment.build(config, mesh, len(parts.splits['train']), start)
     return values | _evaluate(config, folder, parts._replace(program=built), mesh, built.init())
 
 
@@ -270,7 +262,7 @@ def _evaluate(
 
     Pictures go to the workdir's `pictures/step_<n>/<evaluator>_<name>.png`, or `pictures/pixels`.
     """
-    encoder = encoding.encoder(config, parts, mesh, state)
+    encoder = inference.encoder(config, parts, mesh, state)
     prefix = records.PIXELS if state is None else ''
     place = 'pixels' if state is None else f'step_{int(state.step)}'
     folder = epath.Path(workdir) / 'pictures' / place

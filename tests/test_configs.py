@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from contrastive_jax import experiment as programs
 from contrastive_jax import parallel
-from contrastive_jax import program as programs
 from contrastive_jax.config import UserError, base, build
 
 EVERY = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))

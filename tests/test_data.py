@@ -12,7 +12,7 @@ from contrastive_jax import data
 from contrastive_jax.config import UserError
 from contrastive_jax.data import BadRecord
 from contrastive_jax.data.bad_records import BadRecords
-from contrastive_jax.data.pipeline import eval_batches, text_batches, train_iterator
+from contrastive_jax.inputs.pipeline import eval_batches, text_batches, train_iterator
 
 CROP = {'scale': (0.08, 1.0), 'ratio': (3 / 4, 4 / 3), 'interpolation': 'bicubic', 'flip': 0.5}
 

@@ -13,8 +13,9 @@ from pictures import encoded, photo, png_header
 from PIL import Image
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import BadRecord, geometry
+from contrastive_jax.data import BadRecord
 from contrastive_jax.data.decode import decode
+from contrastive_jax.inputs import geometry
 
 
 def test_decode_equals_pillow_on_what_is_lossless():

@@ -14,8 +14,8 @@ from contrastive_jax import data
 from contrastive_jax.config import UserError
 from contrastive_jax.data import BadRecord
 from contrastive_jax.data.bad_records import BadRecords
-from contrastive_jax.data.pipeline import train_iterator
 from contrastive_jax.data.sources import array_record
+from contrastive_jax.inputs.pipeline import train_iterator
 
 
 def open_folder(root, **more):

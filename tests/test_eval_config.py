@@ -10,8 +10,10 @@ import pytest
 from pictures import encoded, photo, write
 from test_train import finish, start
 
-from contrastive_jax import checkpoint, encoding, metrics, parallel, program, train, views
+from contrastive_jax import experiment, inference, parallel, train
 from contrastive_jax.config import UserError
+from contrastive_jax.inputs import views
+from contrastive_jax.workdir import checkpoint, records
 
 ROOT = pathlib.Path(__file__).parents[1]
 KNN = {'k': 20, 'temperature': 0.07, 'per_class': ()}
@@ -40,7 +42,7 @@ def run(tmp_path_factory):
         config.augment, config.evals = {}, {'knn': KNN}
     mesh = parallel.make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state = program.build_parts(config, str(workdir), mesh).program.init()
+        state = experiment.build_parts(config, str(workdir), mesh).program.init()
     checkpoint.claim(workdir, config.to_dict())
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.best)
     checkpoints.save(state, None, 2)
@@ -58,7 +60,7 @@ def one_device(monkeypatch):
 def of_step(workdir, step):
     """The last value of every metric of a step."""
     found = {}
-    for record in metrics.read(workdir):
+    for record in records.read(workdir):
         if record['step'] == step:
             found |= {k: v for k, v in record.items() if k.startswith('eval/')}
     return found
@@ -94,7 +96,7 @@ def test_a_run_is_evaluated_with_other_evaluators_and_their_baselines(run):
 
 
 def test_what_the_run_has_found_is_not_evaluated_again(run, monkeypatch):
-    writer = metrics.Writer(str(run))
+    writer = records.Writer(str(run))
     writer.write(0, {'eval/knn/top1': 0.1234, 'eval/knn/pixels_top1': 0.5})
     calls = []
 
@@ -114,8 +116,8 @@ def test_what_the_run_has_found_is_not_evaluated_again(run, monkeypatch):
 
 
 def test_evaluators_are_shown_what_the_run_was(run):
-    parts, encoder = encoding.open_run(str(run))
-    config = program.config_of(run)
+    parts, encoder = inference.open_run(str(run))
+    config = experiment.config_of(run)
     found = encoder.views.pairs('test', np.array([3, 1]))
     expected = views.pairs(config, parts.splits['test'], [3, 1], config.seed)
     np.testing.assert_array_equal(found, expected)
@@ -178,12 +180,12 @@ def test_mistakes(run, tmp_path):
 def test_presets_build_for_a_run(run, preset):
     config = recipe('eval', preset)
     assert config.is_locked
-    found = program.resolve(config, str(run), eval_only=True)
+    found = experiment.resolve(config, str(run), eval_only=True)
     assert found.method.name == 'simclr'
     assert found.batch_size == 128
     assert found.evals == config.evals
-    assert program.other_data(found, str(run)) == ''
-    parts = program.build_parts(found, str(run), parallel.make_mesh())
+    assert experiment.other_data(found, str(run)) == ''
+    parts = experiment.build_parts(found, str(run), parallel.make_mesh())
     assert list(parts.evaluators) == sorted(config.evals)
     assert f'`:{preset}`' in (ROOT / 'configs/eval.py').read_text()
 

@@ -13,9 +13,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from contrastive_jax import evals, logistic, parallel
+from contrastive_jax import evals, parallel
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import collapse, knn, linear
+from contrastive_jax.evaluation import logistic
 
 CLASSES = 5
 

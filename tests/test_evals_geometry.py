@@ -11,10 +11,11 @@ import pytest
 from sklearn.metrics import normalized_mutual_info_score
 from test_evals import blobs, encoder
 
-from contrastive_jax import evals, views
+from contrastive_jax import evals
 from contrastive_jax.config import UserError
-from contrastive_jax.data import geometry, open_splits
+from contrastive_jax.data import open_splits
 from contrastive_jax.evals import clustering, uniformity
+from contrastive_jax.inputs import geometry, views
 
 ROOT = Path(__file__).parents[1]
 

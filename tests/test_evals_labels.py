@@ -11,9 +11,10 @@ import pytest
 from sklearn.preprocessing import StandardScaler
 from test_evals import blobs, encoder, sklearn_knn, sklearn_linear
 
-from contrastive_jax import evals, models, parallel, pooling
+from contrastive_jax import evals, models, parallel
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import finetune, knn, linear
+from contrastive_jax.evaluation import pooled
 
 # --- few labels ----------------------------------------------------------------------------------
 
@@ -135,16 +136,16 @@ def test_maps_and_patches_are_pooled_to_9216_dimensions(devices, side, channels,
     expected = adaptive(x, cells)
     assert expected.shape[1] <= max(9216, channels)
     sharded = jax.device_put(x, parallel.rows(parallel.make_mesh(jax.devices()[:devices])))
-    np.testing.assert_allclose(pooling.pooled(sharded, 'map'), expected, atol=1e-5)
+    np.testing.assert_allclose(pooled.pooled(sharded, 'map'), expected, atol=1e-5)
     patches = sharded.reshape(8, -1, channels)
-    np.testing.assert_allclose(pooling.pooled(patches, 'patches'), expected, atol=1e-5)
+    np.testing.assert_allclose(pooled.pooled(patches, 'patches'), expected, atol=1e-5)
 
 
 def test_rows_stay_and_what_is_no_map_is_refused():
     x = jnp.ones((3, 5))
-    assert pooling.pooled(x, 'cls') is x
+    assert pooled.pooled(x, 'cls') is x
     with pytest.raises(UserError, match=r"'attention' is \['B', 3, 16\].*expected rows"):
-        pooling.pooled(jnp.ones((2, 3, 16)), 'attention')
+        pooled.pooled(jnp.ones((2, 3, 16)), 'attention')
 
 
 def test_linear_probes_of_other_outputs():

@@ -9,7 +9,7 @@ import pytest
 
 from contrastive_jax import models
 from contrastive_jax.config import UserError
-from contrastive_jax.heads import MLP
+from contrastive_jax.layers.heads import MLP
 
 
 def test_batch_statistics():

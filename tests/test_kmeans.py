@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from contrastive_jax import kmeans as module
 from contrastive_jax import parallel
-from contrastive_jax.kmeans import concentration, kmeans
+from contrastive_jax.networks import kmeans as module
+from contrastive_jax.networks.kmeans import concentration, kmeans
 
 run = jax.jit(kmeans, static_argnames=('k', 'iterations', 'spherical', 'tile'))
 

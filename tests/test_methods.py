@@ -12,17 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from contrastive_jax import (
-    checkpoint,
-    losses,
-    methods,
-    models,
-    optim,
-    parallel,
-    state,
-    towers,
-)
+from contrastive_jax import losses, methods, models, optim, parallel, state
 from contrastive_jax.config import UserError, build
+from contrastive_jax.networks import pair
+from contrastive_jax.workdir import checkpoint
 
 NAMES = [m.name for m in pkgutil.iter_modules(methods.__path__)]
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -338,10 +331,10 @@ class TestText:
 
 def test_clip_s_scale_never_counts_for_more_than_its_limit_and_can_fall_again():
     def slope(x, sign):
-        return jax.grad(lambda x: sign * towers.at_most(x, 1.0))(jnp.float32(x))
+        return jax.grad(lambda x: sign * pair.at_most(x, 1.0))(jnp.float32(x))
 
-    assert towers.at_most(jnp.float32(3), 1.0) == 1
-    assert towers.at_most(jnp.float32(0.5), 1.0) == 0.5
+    assert pair.at_most(jnp.float32(3), 1.0) == 1
+    assert pair.at_most(jnp.float32(0.5), 1.0) == 0.5
     assert slope(0.5, 1) == 1
     assert slope(0.5, -1) == -1
     # Descent along −gradient would go up, and must not; down it may.

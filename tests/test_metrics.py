@@ -10,36 +10,37 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contrastive_jax import figures, metrics
+from contrastive_jax import figures
 from contrastive_jax.config import UserError
 from contrastive_jax.figures import curves
+from contrastive_jax.workdir import records
 
 # --- metrics.jsonl -------------------------------------------------------------------------------
 
 
 def test_records_are_json_and_not_finite_is_null(tmp_path):
-    writer = metrics.Writer(str(tmp_path))
+    writer = records.Writer(str(tmp_path))
     writer.write(1, {'train/loss': np.float32(2.5), 'n': 3, 'bad': math.nan, 'worse': math.inf})
     # Flushed: another reader sees it before the writer is closed.
     (line,) = (tmp_path / 'metrics.jsonl').read_text().splitlines()
     assert json.loads(line) == {'step': 1, 'train/loss': 2.5, 'n': 3, 'bad': None, 'worse': None}
     writer.write(2, {'train/loss': 2.0})
     writer.close()
-    assert [r['step'] for r in metrics.read(str(tmp_path))] == [1, 2]
+    assert [r['step'] for r in records.read(str(tmp_path))] == [1, 2]
 
 
 def test_resume_drops_later_steps_and_the_unfinished_line(tmp_path):
-    writer = metrics.Writer(str(tmp_path))
+    writer = records.Writer(str(tmp_path))
     for step in (0, 10, 20, 20, 30):
         writer.write(step, {'x': step})
     with (tmp_path / 'metrics.jsonl').open('a') as file:
         file.write('{"step": 40, "x"')
-    assert [r['step'] for r in metrics.read(str(tmp_path))] == [0, 10, 20, 20, 30]
-    again = metrics.Writer(str(tmp_path))
+    assert [r['step'] for r in records.read(str(tmp_path))] == [0, 10, 20, 20, 30]
+    again = records.Writer(str(tmp_path))
     again.resume(20)
     again.write(30, {'x': -1})
-    records = metrics.read(str(tmp_path))
-    assert [(r['step'], r['x']) for r in records] == [
+    kept = records.read(str(tmp_path))
+    assert [(r['step'], r['x']) for r in kept] == [
         (0, 0),
         (10, 10),
         (20, 20),
@@ -49,19 +50,19 @@ def test_resume_drops_later_steps_and_the_unfinished_line(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
     # Before the first checkpoint nothing is kept: step 0 is evaluated again, too.
     again.resume(0)
-    assert metrics.read(str(tmp_path)) == []
+    assert records.read(str(tmp_path)) == []
 
 
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\nnot json\n{"step": 2}\n')
     with pytest.raises(UserError, match='line 2'):
-        metrics.read(str(tmp_path))
+        records.read(str(tmp_path))
 
 
 def test_no_records(tmp_path):
-    assert metrics.read(str(tmp_path)) == []
-    metrics.Writer(str(tmp_path)).resume(5)
-    disabled = metrics.Writer(str(tmp_path), enabled=False)
+    assert records.read(str(tmp_path)) == []
+    records.Writer(str(tmp_path)).resume(5)
+    disabled = records.Writer(str(tmp_path), enabled=False)
     disabled.write(1, {'x': 1.0})
     disabled.resume(0)
     disabled.close()
@@ -70,9 +71,9 @@ def test_no_records(tmp_path):
 
 def test_tensorboard_without_tensorflow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    metrics.Writer(str(tmp_path))
+    records.Writer(str(tmp_path))
     with pytest.raises(UserError, match=r"pip install 'contrastive-jax\[tensorflow\]'"):
-        metrics.Writer(str(tmp_path), tensorboard=True)
+        records.Writer(str(tmp_path), tensorboard=True)
 
 
 @pytest.mark.tensorflow
@@ -80,7 +81,7 @@ def test_tensorboard_events(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util import tensor_util
 
-    writer = metrics.Writer(str(tmp_path), tensorboard=True)
+    writer = records.Writer(str(tmp_path), tensorboard=True)
     writer.write(3, {'train/loss': 1.5})
     writer.close()
     events = EventAccumulator(str(tmp_path), size_guidance={'tensors': 0}).Reload()
@@ -95,7 +96,7 @@ def test_tensorboard_events(tmp_path):
 def test_progress_counts_training_time_alone(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, 'monotonic', lambda: now)
-    progress = metrics.Progress(100, 1100, batch_size=64)
+    progress = records.Progress(100, 1100, batch_size=64)
     now += 30  # compilation
     progress.step(101)
     assert progress.values() == {}
@@ -120,11 +121,11 @@ def test_progress_counts_training_time_alone(monkeypatch):
     [(0, '0:00'), (59.6, '1:00'), (102, '1:42'), (3661, '1:01:01'), (200_000, '2 d 7 h')],
 )
 def test_durations(seconds, text):
-    assert metrics._duration(seconds) == text
+    assert records._duration(seconds) == text
 
 
 def test_table():
-    text = metrics.table(
+    text = records.table(
         {
             'knn, all labels': [0.98, None, 0.9912],
             'linear, 10 labels per class': [0.9, math.nan, 1],
@@ -247,12 +248,12 @@ def test_a_bucket_s_file_grows_by_being_written_anew():
 
     path = Object()
     for line in ('a\n', 'b\n'):
-        metrics.append(path, line)
+        records.append(path, line)
     assert path.text == 'a\nb\n'
 
 
 def test_an_unfinished_line_is_dropped_before_the_next(tmp_path):
     path = tmp_path / 'metrics.jsonl'
     path.write_text('{"step": 1}\n{"ste')
-    metrics.append(path, '{"step": 2}\n')
+    records.append(path, '{"step": 2}\n')
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from contrastive_jax import config, models
 from contrastive_jax.config import UserError
-from contrastive_jax.heads import MLP
+from contrastive_jax.layers.heads import MLP
 from contrastive_jax.models import resnet, vit
 
 TINY_VIT = {'width': 16, 'depth': 1, 'heads': 2, 'patch': 4}

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from contrastive_jax import chips, hlo, losses, parallel
+from contrastive_jax import losses, parallel
 from contrastive_jax import plan as planning
 from contrastive_jax.config import UserError
-from contrastive_jax.plan import jaxpr_flops, said_to_need
+from contrastive_jax.plan import said_to_need
+from contrastive_jax.planning import chips, hlo
+from contrastive_jax.planning.flops import jaxpr_flops
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -12,10 +12,11 @@ import sys
 import pytest
 from pictures import encoded, photo, write
 
-from contrastive_jax import environment, metrics, report
+from contrastive_jax import report
 from contrastive_jax.config import UserError
 from contrastive_jax.report import page
 from contrastive_jax.report.markup import Html, join, tag
+from contrastive_jax.workdir import environment, records
 
 ROOT = pathlib.Path(__file__).parents[1]
 EVIL = '<script>alert("1")</script>&\'</td>'
@@ -63,13 +64,13 @@ def run(workdir, name='simclr', temperature=0.1, steps=20, command=(), evil=''):
         'evals': {'knn': {'k': 20}, f'tsne{evil}': {}},
     }
     write(workdir / 'config.json', json.dumps(config).encode())
-    records = [
+    logged = [
         {'step': 0, 'eval/knn/pixels_top1': 0.41, 'eval/knn/top1': 0.32, 'eval/collapse/rank': 3.5},
         {'step': 10, 'train/loss': 5.0, 'train/learning_rate': 0.1, f'train/{evil or "x"}': 1.0},
         {'step': 20, 'train/loss': 2.5, 'train/learning_rate': 0.0, f'train/{evil or "x"}': 2.0},
         {'step': 20, 'eval/knn/top1': 0.527, 'eval/knn/top1_std': 0.013, 'eval/collapse/rank': 9.0},
     ]
-    write(workdir / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in records).encode())
+    write(workdir / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in logged).encode())
     write(workdir / 'parameters.txt', b'...\nTotal: 1,234 -- 5 bytes\n')
     bad = {'record': f'{evil}.png', 'reason': f'truncated {evil}'}
     write(workdir / 'bad_records.jsonl', (json.dumps(bad) + '\n{"rec').encode())
@@ -273,18 +274,18 @@ def test_the_commit_of_the_directory(tmp_path, monkeypatch):
 
 
 def test_the_closing_table_and_the_page_have_the_same_rows():
-    records = [
+    logged = [
         {'step': 0, 'eval/knn/top1': 0.3, 'eval/knn/pixels_top1': 0.2, 'eval/knn/top1_std': 0.1},
         {'step': 5, 'eval/knn/top1': 0.5, 'eval/knn/top1_10_per_class': 0.4},
         {'step': 9, 'eval/knn/top1': 0.6, 'train/loss': 1.0, 'eval/retrieval/a_to_b_r5': None},
     ]
-    found = metrics.evaluations(records)
+    found = records.evaluations(logged)
     assert found == {
         'knn/top1': [0.2, 0.3, 0.6],
         'knn/top1_10_per_class': [None, None, 0.4],
         'retrieval/a_to_b_r5': [None, None, None],
     }
-    assert metrics.titles(found) == {
+    assert records.titles(found) == {
         'knn/top1': 'knn, all labels',
         'knn/top1_10_per_class': 'knn, 10 labels per class',
         'retrieval/a_to_b_r5': 'retrieval, a to b, R@5',

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from contrastive_jax import losses, parallel, similarity, tiles
+from contrastive_jax import losses, parallel, similarity
+from contrastive_jax.similarity import tiles
 
 
 def meshes():

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from conftest import environment
 
-from contrastive_jax import encoding, metrics
+from contrastive_jax import inference
 from contrastive_jax.config import UserError
+from contrastive_jax.workdir import records
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [
@@ -53,7 +54,7 @@ def finish(process, code=0):
 
 def losses(workdir):
     """Loss of each step, which is there exactly once."""
-    found = [r for r in metrics.read(workdir) if 'train/loss' in r]
+    found = [r for r in records.read(workdir) if 'train/loss' in r]
     steps = [r['step'] for r in found]
     assert steps == list(range(1, len(steps) + 1))
     return [r['train/loss'] for r in found]
@@ -131,7 +132,7 @@ def test_a_run_that_clusters_between_epochs_goes_on_with_the_same_bits(tmp_path)
     assert 'continuing' in out
     assert 'step 21: refreshed' in out
     assert_same_bits(tmp_path / 'whole', tmp_path / 'killed')
-    protos = [r['train/proto'] for r in metrics.read(tmp_path / 'whole') if 'train/proto' in r]
+    protos = [r['train/proto'] for r in records.read(tmp_path / 'whole') if 'train/proto' in r]
     assert all(x == 0 for x in protos[:11])  # an epoch is 10.1 batches
     assert all(x > 0 for x in protos[11:])
 
@@ -155,10 +156,8 @@ def test_a_run_with_captions_goes_on_with_the_same_bits(tmp_path):
     assert 'continuing' in out
     assert (tmp_path / 'killed/tokenizer.json').stat().st_mtime_ns == before
     assert_same_bits(tmp_path / 'whole', tmp_path / 'killed')
-    records = [
-        r for r in metrics.read(tmp_path / 'whole') if 'eval/retrieval/text_to_image_r1' in r
-    ]
-    assert [r['step'] for r in records] == [0, 12]
+    found = [r for r in records.read(tmp_path / 'whole') if 'eval/retrieval/text_to_image_r1' in r]
+    assert [r['step'] for r in found] == [0, 12]
 
     lit = [
         f'--config.init_from={tmp_path / "whole"}',
@@ -250,7 +249,7 @@ def test_eval_only(whole, tmp_path):
     )
     assert 'knn, all labels' in out
     # The baselines come last, as this run has none: it was trained without evaluators.
-    record, baselines = metrics.read(whole)[-2:]
+    record, baselines = records.read(whole)[-2:]
     assert (record['step'], baselines['step']) == (12, 0)
     assert 0.1 < record['eval/knn/top1'] <= 1
     assert {'eval/knn/top1', 'eval/knn/pixels_top1'} <= baselines.keys()
@@ -261,7 +260,7 @@ def test_eval_only(whole, tmp_path):
 
 
 def test_what_was_trained_can_be_looked_at(whole, tmp_path):
-    parts, encoder = encoding.open_run(str(whole))
+    parts, encoder = inference.open_run(str(whole))
     test = encoder.features('test')
     count = len(parts.splits['test'])
     assert test.x_ND.shape[1] == 16
@@ -269,7 +268,7 @@ def test_what_was_trained_can_be_looked_at(whole, tmp_path):
     labels = [parts.splits['test'][i]['label'] for i in range(count)]
     assert test.label_N[:count].tolist() == labels
     with pytest.raises(UserError, match='no run'):
-        encoding.open_run(str(tmp_path))
+        inference.open_run(str(tmp_path))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(tmp_path):

@@ -16,10 +16,11 @@ from pictures import encoded, photo, write
 from PIL import Image
 
 import contrastive_jax
-from contrastive_jax import checkpoint, encoding, index, parallel, program
+from contrastive_jax import experiment, index, inference, parallel
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import attention, pca
 from contrastive_jax.index import About, Index
+from contrastive_jax.workdir import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -37,7 +38,7 @@ def started(workdir, name):
             config.update({'microbatch': 8, 'remat': True})
     mesh = parallel.make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
-        parts = program.build_parts(config, str(workdir), mesh)
+        parts = experiment.build_parts(config, str(workdir), mesh)
         state = parts.program.init()
     checkpoint.claim(workdir, config.to_dict())
     if parts.tokenizer:
@@ -95,7 +96,7 @@ def on_one_device(monkeypatch):
 def test_features_are_those_that_evaluators_see(clip, simclr):
     layers = ['features', 'block0', 'last4']
     for workdir, names in ((clip, ['embedding', *layers]), (simclr, layers)):
-        parts, theirs = encoding.open_run(str(workdir))
+        parts, theirs = inference.open_run(str(workdir))
         source = parts.splits['test']
         images = np.stack([source[i]['image'] for i in range(100)])
         ours = contrastive_jax.load(workdir, batch_size=2)
@@ -108,7 +109,7 @@ def test_features_are_those_that_evaluators_see(clip, simclr):
 
 
 def test_what_was_trained_can_be_drawn(simclr):
-    _, encoder = encoding.open_run(str(simclr))
+    _, encoder = inference.open_run(str(simclr))
     drawn = [pair for make in (attention.make, pca.make) for pair in make(count=3)(encoder)]
     assert [name for name, _ in drawn] == ['heads', 'patches']
     heads, patches = (Image.open(io.BytesIO(png)) for _, png in drawn)
@@ -119,7 +120,7 @@ def test_what_was_trained_can_be_drawn(simclr):
 
 def test_texts_are_those_that_evaluators_see(clip):
     texts = ['a seven', 'top row three seven, bottom row one zero', 'été', '']
-    _, theirs = encoding.open_run(str(clip))
+    _, theirs = inference.open_run(str(clip))
     found = contrastive_jax.load(clip, batch_size=2).texts(texts)
     assert np.array_equal(found, np.asarray(theirs.texts(texts))[:4])
     assert found.dtype == np.float32

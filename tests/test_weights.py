@@ -14,7 +14,7 @@ from test_using import ROOT, finish, start, started
 
 import contrastive_jax
 from contrastive_jax import config as config_lib
-from contrastive_jax import encoding, index, models, parallel, program, weights
+from contrastive_jax import experiment, index, inference, models, parallel, weights
 from contrastive_jax.config import UserError
 from contrastive_jax.weights import families, names, positions, targets
 
@@ -127,7 +127,7 @@ def test_a_run_in_one_file_has_the_same_bits(clip, simclr, tmp_path):
     images, words = images_of(), ['a one', 'three and seven above one and zero']
     for workdir, outputs in ((clip, ['features', 'embedding']), (simclr, ['features'])):
         out = tmp_path / f'{workdir.name}.safetensors'
-        weights.files.write(weights.content(encoding.weights_of(workdir)), out)
+        weights.files.write(weights.content(inference.weights_of(workdir)), out)
         run = contrastive_jax.load(workdir, batch_size=2)
         file = contrastive_jax.load(out, batch_size=2)
         assert file.outputs == run.outputs
@@ -155,7 +155,7 @@ def written_pictures(folder):
 
 def test_clip_for_transformers_keeps_what_scales_its_similarity(clip, tmp_path):
     """An image tower with a LayerNorm in front is CLIP's; the grids' own is none and goes alone."""
-    found = encoding.weights_of(clip)
+    found = inference.weights_of(clip)
     alone = targets.transformers(found)
     assert alone['config.json']['model_type'] == 'siglip_vision_model'
     image = encoder_of({**VIT, 'norm_pre': True, 'epsilon': 1e-5})
@@ -350,13 +350,13 @@ def test_a_run_starts_from_a_file(tmp_path, frozen):
     with config.unlocked():
         config.update({'init_from': str(path), 'batch_size': 16, 'total_steps': 2})
         config.model = {**sizes, 'freeze_patch_embedding': frozen}
-    whole = program.complete(config)
+    whole = experiment.complete(config)
     assert (whole.model.activation, whole.model.position) == ('gelu', 'learned')
     assert 'activation' not in config.model
     mesh = parallel.make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state = program.build_parts(whole, None, mesh).program.init()
-        encode = jax.jit(program.build_method(whole, {}).encode)
+        state = experiment.build_parts(whole, None, mesh).program.init()
+        encode = jax.jit(experiment.build_method(whole, {}).encode)
         image = images_of() / np.float32(255)
         found = encode(state.params, state.extra, {'image': image})['features']
         expected = encoded_by(weights.read(path), 'features', image=image)
@@ -364,4 +364,4 @@ def test_a_run_starts_from_a_file(tmp_path, frozen):
         with whole.unlocked():
             whole.model.depth = 1
         with pytest.raises(UserError, match=r'vit.safetensors do not fit this encoder'):
-            program.build_parts(whole, None, mesh).program.init()
+            experiment.build_parts(whole, None, mesh).program.init()

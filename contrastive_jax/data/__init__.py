@@ -1,6 +1,6 @@
 """Where pictures come from: a source per split, opened by name.
 
-`open_splits` gives sources (record in, uint8 image out); `data.pipeline` turns a source into
+`open_splits` gives sources (record in, uint8 image out); `inputs.pipeline` turns a source into
 batches. Importing this package imports neither grain nor an image library.
 """
 

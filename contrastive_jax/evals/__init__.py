@@ -21,8 +21,9 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from contrastive_jax import config, models, parallel, pooling
+from contrastive_jax import config, models, parallel
 from contrastive_jax.config import UserError
+from contrastive_jax.evaluation import pooled
 
 Rows = Sequence[int] | np.ndarray  # of records
 Evaluate = Callable[['Encoder'], Iterator[tuple[str, float | bytes]]]
@@ -199,7 +200,7 @@ class Encoder:
 
     def _compute(self, batches: Iterator[dict[str, np.ndarray]], name: str) -> Features:
         return put(
-            self.mesh, *self._rows(batches, lambda b: pooling.pooled(self._encode(b, name), name))
+            self.mesh, *self._rows(batches, lambda b: pooled.pooled(self._encode(b, name), name))
         )
 
     def _rows(

@@ -12,7 +12,7 @@ import numpy as np
 
 from contrastive_jax import evals, parallel
 from contrastive_jax.config import UserError
-from contrastive_jax.kmeans import kmeans
+from contrastive_jax.networks.kmeans import kmeans
 
 
 def make(

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from contrastive_jax import augment, evals, models, optim, parallel
 from contrastive_jax.config import UserError
-from contrastive_jax.data import geometry
 from contrastive_jax.evals.linear import held_out
+from contrastive_jax.inputs import geometry
 
 READ = 512  # records that are decoded at a time
 VALIDATION = 0.2  # of the drawn labels, when a learning rate is chosen

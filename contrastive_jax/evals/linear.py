@@ -1,7 +1,7 @@
 """Linear classification of frozen features: multinomial logistic regression with an L2 penalty.
 
 The problem is convex, so the result depends on features and labels alone and not on an optimiser's
-schedule: it is solved to its minimum (`contrastive_jax.logistic`).
+schedule: it is solved to its minimum (`contrastive_jax.evaluation.logistic`).
 
 N: rows, D: features + 1 (the last is constant: its weight is the bias, and is not penalised),
 C: classes, S: sets of rows, P: problems on one set, n: labelled rows of a few-labels set.
@@ -16,8 +16,9 @@ import numpy as np
 from absl import logging
 from jax import lax
 
-from contrastive_jax import evals, logistic, parallel
+from contrastive_jax import evals, parallel
 from contrastive_jax.config import UserError
+from contrastive_jax.evaluation import logistic
 
 STRENGTHS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2)
 FOLDS = 5

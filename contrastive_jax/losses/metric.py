@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from contrastive_jax import similarity
 from contrastive_jax.losses.scores import check_labels, check_positive, inner, unit
 from contrastive_jax.similarity import TILE
-from contrastive_jax.tiles import strips
+from contrastive_jax.similarity.tiles import strips
 
 DISTANCES = ('euclidean', 'squared_euclidean', 'cosine', 'mahalanobis')
 

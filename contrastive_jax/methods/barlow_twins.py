@@ -6,9 +6,9 @@ The cross-correlation of the two views' embeddings, over the global batch, is dr
 import jax
 
 from contrastive_jax import losses, models
-from contrastive_jax.heads import MLP
+from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import Network, check_numbers, check_views
+from contrastive_jax.networks.chain import Network, check_numbers, check_views
 
 
 def make(

@@ -6,11 +6,12 @@ there are no negatives.
 
 import jax
 
-from contrastive_jax import memory, models
-from contrastive_jax.heads import MLP
+from contrastive_jax import models
+from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import cosine_distance, output_std
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import Network, check_numbers, check_views
+from contrastive_jax.networks import memory
+from contrastive_jax.networks.chain import Network, check_numbers, check_views
 
 
 def make(

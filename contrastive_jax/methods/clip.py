@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from contrastive_jax import losses, models
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import check_numbers
-from contrastive_jax.towers import Towers, at_most
+from contrastive_jax.networks.chain import check_numbers
+from contrastive_jax.networks.pair import Towers, at_most
 
 
 def make(

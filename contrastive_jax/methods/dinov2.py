@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from contrastive_jax import losses, memory, models
+from contrastive_jax import losses, models
 from contrastive_jax.augment.masking import block_mask
 from contrastive_jax.config import UserError
-from contrastive_jax.heads import DINOHead
+from contrastive_jax.layers.heads import DINOHead
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import Network, check_numbers, hold, join_crops, target_encoder
+from contrastive_jax.networks import memory
+from contrastive_jax.networks.chain import Network, check_numbers, hold, join_crops, target_encoder
 
 MODULES = ('encoder', 'head', 'patch_head')
 

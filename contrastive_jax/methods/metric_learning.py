@@ -14,9 +14,9 @@ from einops import rearrange
 
 from contrastive_jax import losses, models
 from contrastive_jax.config import UserError, call, choose
-from contrastive_jax.heads import MLP
+from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import Network, check_views
+from contrastive_jax.networks.chain import Network, check_views
 
 LOSSES = {'max_margin': losses.max_margin, 'triplet': losses.triplet, 'n_pair': losses.n_pair}
 

@@ -14,12 +14,13 @@ https://arxiv.org/abs/2101.08482): a key then depends on its own image alone.
 
 import jax
 
-from contrastive_jax import memory, models
+from contrastive_jax import models
 from contrastive_jax.config import choose
-from contrastive_jax.heads import MLP
+from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce, unit
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import Network, check_numbers, check_views
+from contrastive_jax.networks import memory
+from contrastive_jax.networks.chain import Network, check_numbers, check_views
 
 MODULES = ('encoder', 'projector')
 

@@ -7,11 +7,12 @@ paper trains ViTs with the patch projection left at random: `model.freeze_patch_
 
 import jax
 
-from contrastive_jax import memory, models
-from contrastive_jax.heads import MLP
+from contrastive_jax import models
+from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import Network, check_numbers, check_views
+from contrastive_jax.networks import memory
+from contrastive_jax.networks.chain import Network, check_numbers, check_views
 
 
 def make(

@@ -7,12 +7,13 @@ queue of earlier ones: another image that looks alike.
 import jax
 import jax.numpy as jnp
 
-from contrastive_jax import memory, models, similarity
-from contrastive_jax.heads import MLP
+from contrastive_jax import models, similarity
+from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce, unit
 from contrastive_jax.losses.scores import inner
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import Network, check_numbers, check_views
+from contrastive_jax.networks import memory
+from contrastive_jax.networks.chain import Network, check_numbers, check_views
 
 
 def make(

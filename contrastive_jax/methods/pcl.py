@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from contrastive_jax import memory, models
-from contrastive_jax.heads import MLP
-from contrastive_jax.kmeans import concentration, kmeans
+from contrastive_jax import models
+from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce, proto_nce, unit
 from contrastive_jax.method import Batch, Method, Metrics, Refresh, Tree
-from contrastive_jax.network import Network, check_numbers, check_views
+from contrastive_jax.networks import memory
+from contrastive_jax.networks.chain import Network, check_numbers, check_views
+from contrastive_jax.networks.kmeans import concentration, kmeans
 
 MODULES = ('encoder', 'projector')
 

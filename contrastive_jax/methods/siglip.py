@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from contrastive_jax import losses, models
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import check_numbers
-from contrastive_jax.towers import Towers
+from contrastive_jax.networks.chain import check_numbers
+from contrastive_jax.networks.pair import Towers
 
 
 def make(

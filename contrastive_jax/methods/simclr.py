@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import models
-from contrastive_jax.heads import MLP
+from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import nt_xent
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import Network, check_numbers, check_views
+from contrastive_jax.networks.chain import Network, check_numbers, check_views
 
 
 def make(

@@ -7,10 +7,10 @@ gradient stops at what is predicted. Without that stop it collapses (figure 2).
 import jax
 
 from contrastive_jax import models
-from contrastive_jax.heads import MLP
+from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import cosine_distance, output_std
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import Network, check_views
+from contrastive_jax.networks.chain import Network, check_views
 
 
 def make(

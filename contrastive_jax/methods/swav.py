@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from contrastive_jax import losses, memory, models
-from contrastive_jax.heads import MLP, Prototypes
+from contrastive_jax import losses, models
+from contrastive_jax.layers.heads import MLP, Prototypes
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import Network, check_numbers, hold, join_crops
+from contrastive_jax.networks import memory
+from contrastive_jax.networks.chain import Network, check_numbers, hold, join_crops
 
 GLOBAL = 2  # views whose assignments are predicted
 

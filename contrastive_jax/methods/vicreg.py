@@ -7,9 +7,9 @@ Views agree (invariance) while every dimension keeps its variance and no two are
 import jax
 
 from contrastive_jax import losses, models
-from contrastive_jax.heads import MLP
+from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.network import Network, check_numbers, check_views
+from contrastive_jax.networks.chain import Network, check_numbers, check_views
 
 
 def make(

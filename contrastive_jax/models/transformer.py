@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from contrastive_jax.blocks import ACTIVATIONS, Block
 from contrastive_jax.config import UserError, choose
+from contrastive_jax.layers.blocks import ACTIVATIONS, Block
 from contrastive_jax.models.vit import DTYPES
 
 POOLS = ('last', 'first', 'mean')

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from contrastive_jax.blocks import ACTIVATIONS, MAP, Block, sincos2d, xavier
 from contrastive_jax.config import UserError, choose
+from contrastive_jax.layers.blocks import ACTIVATIONS, MAP, Block, sincos2d, xavier
 
 SIZES = {  # Touvron et al. 2021 (Ti, S), Dosovitskiy et al. 2021 table 1 (B, L)
     'Ti': {'width': 192, 'depth': 12, 'heads': 3},

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from contrastive_jax import checkpoint, environment, metrics
+from contrastive_jax.workdir import checkpoint, environment, records
 
 
 class Run(NamedTuple):
@@ -82,7 +82,7 @@ def _read(name: str, workdir: str) -> Run:
         name,
         str(workdir),
         config,
-        metrics.read(workdir),
+        records.read(workdir),
         environment.read(workdir),
         _bad(_text(path / 'bad_records.jsonl')),
         total[1] if total else '',

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 
-from contrastive_jax import main as cli
+from contrastive_jax import cli
 from contrastive_jax.config import UserError
 
 COMPARE = flags.DEFINE_multi_string('compare', [], "Another run's workdir; may be repeated.")

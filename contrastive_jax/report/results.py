@@ -3,16 +3,16 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from contrastive_jax import metrics
 from contrastive_jax.figures import curves
 from contrastive_jax.report import Run, charts, tables
 from contrastive_jax.report.markup import Html, join, tag
+from contrastive_jax.workdir import records
 
 
 def evaluations(runs: Sequence[Run]) -> Html | None:
-    found = [metrics.evaluations(run.records) for run in runs]
+    found = [records.evaluations(run.records) for run in runs]
     keys = list(dict.fromkeys(key for of_run in found for key in of_run))
-    titles = metrics.titles(keys)
+    titles = records.titles(keys)
     others = [k for k in keys if k not in titles and _spread_of(k) not in titles]
     if not keys:
         return None
@@ -43,14 +43,14 @@ def _values(
     best: bool = True,
 ) -> list[Html]:
     """The cells of a row: three a run, the largest of the trained ones in bold."""
-    nothing: list[float | None] = [None] * len(metrics.COLUMNS)
+    nothing: list[float | None] = [None] * len(records.COLUMNS)
     values = [of_run.get(key, nothing) for of_run in found]
     spreads = [of_run.get(f'{key}_std', nothing) for of_run in found]
     top = max((v[-1] for v in values if v[-1] is not None), default=None)
     cells = []
     for of_run, around in zip(values, spreads, strict=True):
         for i, (value, spread) in enumerate(zip(of_run, around, strict=True)):
-            trained = i == len(metrics.COLUMNS) - 1
+            trained = i == len(records.COLUMNS) - 1
             classes = ['number', *['trained'] * trained, *['first'] * (i == 0)]
             shown: Any = '–' if value is None else write(value)
             if trained and best and value is not None and value == top:
@@ -63,11 +63,11 @@ def _values(
 
 def _grouped(runs: Sequence[Run], rows: Sequence[Sequence[Any]]) -> Html:
     """A table with metrics.COLUMNS for every run."""
-    count = len(metrics.COLUMNS)
+    count = len(records.COLUMNS)
     names = [
         tag('th', name, class_='number first' if i == 0 else 'number')
         for _ in runs
-        for i, name in enumerate(metrics.COLUMNS)
+        for i, name in enumerate(records.COLUMNS)
     ]
     table = tables.table(['', *names], rows, 'numbers')
     if len(runs) == 1:
@@ -112,13 +112,13 @@ def over_steps(runs: Sequence[Run]) -> Html | None:
 
 def _hidden(key: str) -> bool:
     metric = key.split('/', 2)[-1]
-    return metric.startswith(metrics.PIXELS) or metric.endswith('_std') or '/' in metric
+    return metric.startswith(records.PIXELS) or metric.endswith('_std') or '/' in metric
 
 
 def _chart(runs: Sequence[Run], key: str) -> Html | None:
     """A metric over the steps of all runs that have it; accuracies in per cent."""
     short = key.split('/', 1)[1]
-    title = metrics.titles([short]).get(short) if key.startswith('eval/') else None
+    title = records.titles([short]).get(short) if key.startswith('eval/') else None
     scale = 100 if title else 1
     lines, baseline = [], None
     for i, run in enumerate(runs):
@@ -128,7 +128,7 @@ def _chart(runs: Sequence[Run], key: str) -> Html | None:
             lines.append(charts.Line(name, tables.colour(i), steps, values))
         if title and not baseline:
             evaluator, metric = short.split('/', 1)
-            pixels = f'eval/{evaluator}/{metrics.PIXELS}{metric}'
+            pixels = f'eval/{evaluator}/{records.PIXELS}{metric}'
             _, values = curves.series(run.records, pixels, scale)
             baseline = ('raw pixels', float(values[-1])) if len(values) else None
     # A value that was measured once has no curve.

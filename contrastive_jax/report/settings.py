@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from contrastive_jax import checkpoint
 from contrastive_jax.report import Run, tables
 from contrastive_jax.report.markup import Html, join, tag
+from contrastive_jax.workdir import checkpoint
 
 LISTED = 40  # classes and bad records that are shown
 _ABSENT = object()

@@ -19,10 +19,10 @@ from contrastive_jax import config as config_lib
 from contrastive_jax import models
 from contrastive_jax.config import Config, UserError
 from contrastive_jax.data import text
-from contrastive_jax.heads import MLP
+from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Batch, Encode, Encoders, Tree
-from contrastive_jax.network import Network
-from contrastive_jax.towers import SIMILARITY
+from contrastive_jax.networks.chain import Network
+from contrastive_jax.networks.pair import SIMILARITY
 from contrastive_jax.weights import beside, families, names, positions
 from contrastive_jax.weights.files import SUFFIXES, File, is_file
 

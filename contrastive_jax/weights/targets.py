@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from contrastive_jax import config as config_lib
-from contrastive_jax.blocks import sincos2d
 from contrastive_jax.config import UserError
+from contrastive_jax.layers.blocks import sincos2d
 from contrastive_jax.weights import Weights, families, names, tables, tokenizer
 from contrastive_jax.weights.names import Table
 

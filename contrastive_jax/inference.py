@@ -10,15 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from contrastive_jax import augment, checkpoint, data, evals, parallel, program, views, weights
+from contrastive_jax import augment, data, evals, experiment, parallel, weights
 from contrastive_jax import config as config_lib
 from contrastive_jax.config import Config, UserError
-from contrastive_jax.data import BadRecord, decode, pipeline, text
+from contrastive_jax.data import BadRecord, decode, text
 from contrastive_jax.data.bad_records import BadRecords
+from contrastive_jax.experiment import Parts
+from contrastive_jax.inputs import pipeline, views
 from contrastive_jax.method import Encode, Tree
-from contrastive_jax.program import Parts
 from contrastive_jax.state import TrainState
 from contrastive_jax.weights import files
+from contrastive_jax.workdir import checkpoint
 
 
 def load(
@@ -54,8 +56,8 @@ def load(
         return Trained(path, found.config, encode, state, 0, tokenizer, batch_size)
     if image_size or model:
         raise UserError(f'{os.fspath(path)}: image_size and model are for files of weights.')
-    config, step = program.config_of(path), checkpoint.newest(path)
-    method = program.build_method(_plain(config), {})
+    config, step = experiment.config_of(path), checkpoint.newest(path)
+    method = experiment.build_method(_plain(config), {})
     state = checkpoint.weights(path, step)
     tokenizer = functools.partial(_tokenizer_of, path, config)
     return Trained(path, config, method.encode, state, step, tokenizer, batch_size)
@@ -224,10 +226,10 @@ def weights_of(path: str | os.PathLike) -> weights.Weights:
     """
     if weights.is_file(path):
         return weights.read(path)
-    config = program.config_of(path)
+    config = experiment.config_of(path)
     state = checkpoint.weights(path, checkpoint.newest(path))
     plain = _plain(config)
-    found = program.build_method(plain, {}).encoders(*state)
+    found = experiment.build_method(plain, {}).encoders(*state)
     vocabulary = next(iter(text.files(path)), None) if 'text' in found else None
     tokenizer = (vocabulary.name, vocabulary.read_bytes()) if vocabulary else None
     return weights.Weights(plain, found, os.fspath(path), tokenizer)
@@ -280,10 +282,10 @@ def open_run(workdir: str) -> tuple[Parts, evals.Encoder]:
     Raises:
         UserError: there is no run in workdir, or no complete checkpoint of it.
     """
-    config = program.config_of(workdir)
+    config = experiment.config_of(workdir)
     mesh = parallel.make_mesh()
     with jax.set_mesh(mesh):
-        parts = program.build_parts(config, workdir, mesh)
+        parts = experiment.build_parts(config, workdir, mesh)
         checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.best)
         state = checkpoints.restore(parts.program.state)
         checkpoints.close()

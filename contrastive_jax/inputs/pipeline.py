@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import BadRecord, Record, Source, geometry
+from contrastive_jax.data import BadRecord, Record, Source
 from contrastive_jax.data.bad_records import BadRecords
+from contrastive_jax.inputs import geometry
 
 # Rows that one thread builds at a time: few enough that a large batch of photographs is spread
 # over the threads, many enough that grain's cost of 50 to 100 µs an element disappears.

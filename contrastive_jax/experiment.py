@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
-from contrastive_jax import augment, checkpoint, data, evals, models, optim, parallel, weights
+from contrastive_jax import augment, data, evals, models, optim, parallel, weights
 from contrastive_jax import config as config_lib
 from contrastive_jax.config import Config, UserError
 from contrastive_jax.data import text
 from contrastive_jax.data.bad_records import BadRecords
 from contrastive_jax.method import Batch, Encoders, Method
 from contrastive_jax.state import TrainState, make_init, make_step
+from contrastive_jax.workdir import checkpoint
 
 # Of what data a config may differ from the run that it evaluates.
 LOOKED_AT = ('data.source', 'data.root', 'data.captions', 'data.holdout', 'data.max_bad')

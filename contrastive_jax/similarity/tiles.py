@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from contrastive_jax import trees
+from contrastive_jax.similarity import trees
 
 Tree = Any
 Score = Callable[..., jax.Array]  # (rows_block, bank_block) -> scores_mn

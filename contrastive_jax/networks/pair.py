@@ -11,9 +11,9 @@ from einops import rearrange
 
 from contrastive_jax import models
 from contrastive_jax.config import UserError
-from contrastive_jax.heads import MLP
+from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Batch, Encoders, Tree
-from contrastive_jax.network import Network, check_views
+from contrastive_jax.networks.chain import Network, check_views
 
 SIMILARITY = ('logit_scale', 'logit_bias')  # parameters of methods, where they learn them
 

@@ -15,7 +15,8 @@ from PIL import Image
 from contrastive_jax import augment, data, parallel
 from contrastive_jax import config as config_lib
 from contrastive_jax.config import Config
-from contrastive_jax.data import BadRecord, geometry
+from contrastive_jax.data import BadRecord
+from contrastive_jax.inputs import geometry
 
 TOGETHER = 64  # records that are augmented at a time
 

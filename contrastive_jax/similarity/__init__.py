@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from contrastive_jax import tiles, trees
+from contrastive_jax.similarity import tiles, trees
 
 Tree = Any
 Score = Callable[..., jax.Array]  # (rows_block, bank_block) -> scores_mn

@@ -1,0 +1,1 @@
+"""What evaluators share: the encoder and the data to try it on, and solvers."""

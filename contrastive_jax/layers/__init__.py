@@ -1,0 +1,1 @@
+"""Flax modules that several models and methods are made of."""

@@ -1,0 +1,1 @@
+"""Networks that methods train, and what they remember between steps."""

@@ -1,0 +1,1 @@
+"""What a compiled program needs of hardware that is not there."""
