@@ -42,7 +42,11 @@ def metrics(workdir: pathlib.Path, ignore: str | None) -> list[dict[str, Any]]:
     def kept(key: str) -> bool:
         return not key.endswith('_per_second') and not (ignore and re.match(ignore, key))
 
-    return [{k: v for k, v in json.loads(line).items() if kept(k)} for line in lines]
+    # A commit may be older than these names.
+    found = [
+        {k.replace('/pixels_', '/baseline_'): v for k, v in json.loads(x).items()} for x in lines
+    ]
+    return [{k: v for k, v in record.items() if kept(k)} for record in found]
 
 
 def arrays(workdir: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

@@ -45,8 +45,8 @@ def webdataset(c: Config) -> None:
 def openai(c: Config) -> None:
     """ViT-B/32 (the paper's tables 18 and 19; OpenCLIP's defaults): batch 32768, 32 epochs.
 
-    Give it a tokenizer, `--config.data.text.tokenizer=bpe_simple_vocab_16e6.txt.gz`: none should be
-    trained on so much.
+    Give it a tokenizer, `--config.inputs.text.tokenizer=bpe_simple_vocab_16e6.txt.gz`: none should
+    be trained on so much.
     """
     webdataset(c)
     c.batch_size, c.total_epochs, c.data.holdout = 32_768, 32.0, 1e-5

@@ -21,7 +21,7 @@ DINO_PROBS = {'blur': (1.0, 0.1, 0.5), 'solarize': (0.0, 0.2, 0.0)}
 def digits(c: Config) -> None:
     recipes.digits_vit(c, steps=800, pool='cls')
     recipes.multi_crop(c, scale=0.5, local=2, size=8)
-    c.data.local_scale = (0.2, 0.5)
+    c.inputs.local_scale = (0.2, 0.5)
     c.method = {
         'name': 'dino',
         'prototypes': 512,
@@ -52,7 +52,7 @@ def cifar10(c: Config) -> None:
     """solo-learn's CIFAR-10 recipe: two views, no local ones."""
     recipes.cifar10(c, epochs=1000.0, batch=256)
     recipes.asymmetric(c)
-    del c.augment.blur
+    del c.inputs.augment.blur
     c.method = {'name': 'dino', 'prototypes': 4096, 'momentum': 0.9995, 'batch_norm': True}
     recipes.solo_lars(c, 0.3, 1e-6)
 
@@ -62,7 +62,7 @@ def imagenet(c: Config) -> None:
     recipes.imagenet_vit(c, epochs=800.0, batch=1024)
     recipes.asymmetric(c)
     for op, prob in DINO_PROBS.items():
-        c.augment[op].prob = prob
+        c.inputs.augment[op].prob = prob
     recipes.multi_crop(c, scale=0.4, local=8, size=96)
     c.model.update({'position': 'learned', 'drop_path': 0.1})
     c.method = {'name': 'dino', 'sharpen': 30 / 800, 'frozen': 1 / 800}

@@ -19,7 +19,7 @@ from contrastive_jax.config import Config
 def digits(c: Config) -> None:
     recipes.digits_vit(c, steps=700, pool='cls')
     recipes.multi_crop(c, scale=0.5, local=2, size=8)
-    c.data.local_scale = (0.2, 0.5)
+    c.inputs.local_scale = (0.2, 0.5)
     c.method = {
         'name': 'dinov2',
         'prototypes': 512,
@@ -45,7 +45,7 @@ def cifar10(c: Config) -> None:
     """The ImageNet recipe at CIFAR-10's size, two views and no local ones. Ours, not published."""
     recipes.cifar10(c, epochs=800.0, batch=512)
     recipes.asymmetric(c)
-    del c.augment.blur
+    del c.inputs.augment.blur
     c.model = {'name': 'vit', 'size': 'Ti', 'patch': 4, 'pool': 'cls', 'dtype': 'bfloat16'}
     c.method = {'name': 'dinov2', 'prototypes': 4096, 'momentum': 0.996}
     c.optim = {
@@ -63,7 +63,7 @@ def imagenet(c: Config) -> None:
     recipes.imagenet_vit(c, epochs=0.0, batch=2048, size='L')
     recipes.asymmetric(c)
     c.total_steps = 125_000
-    c.augment.blur.prob, c.augment.solarize.prob = (1.0, 0.1, 0.5), (0.0, 0.2, 0.0)
+    c.inputs.augment.blur.prob, c.inputs.augment.solarize.prob = (1.0, 0.1, 0.5), (0.0, 0.2, 0.0)
     recipes.multi_crop(c, scale=0.32, local=8, size=96)
     c.model.update({'position': 'learned', 'drop_path': 0.3, 'layer_scale': 1e-5})
     c.remat = True

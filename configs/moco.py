@@ -39,7 +39,10 @@ def cifar10_small(c: Config) -> None:
 def cifar10(c: Config) -> None:
     """The authors' CIFAR-10 notebook: 85 % kNN after 200 epochs, they say."""
     recipes.cifar10(c, epochs=200.0, batch=512)
-    c.augment = {'jitter': {**recipes.BYOL_JITTER, 'saturation': 0.4}, 'grayscale': {'prob': 0.2}}
+    c.inputs.augment = {
+        'jitter': {**recipes.BYOL_JITTER, 'saturation': 0.4},
+        'grayscale': {'prob': 0.2},
+    }
     c.method = {
         'name': 'moco',
         'temperature': 0.1,
@@ -63,9 +66,9 @@ def imagenet(c: Config) -> None:
 def imagenet_v1(c: Config) -> None:
     """MoCo v1; its learning rate fell in two steps, here by a cosine."""
     recipes.imagenet(c, epochs=200.0, batch=256)
-    c.data.crop.scale = (0.2, 1.0)
+    c.inputs.crop.scale = (0.2, 1.0)
     jitter = {'prob': 1.0, 'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.4, 'hue': 0.4}
-    c.augment = {'jitter': jitter, 'grayscale': {'prob': 0.2}}
+    c.inputs.augment = {'jitter': jitter, 'grayscale': {'prob': 0.2}}
     c.method = {'name': 'moco', 'temperature': 0.07, 'layers': 1}
     c.optim = {'name': 'sgd', 'learning_rate': 0.03, 'weight_decay': 1e-4}
 

@@ -31,7 +31,7 @@ def cifar10(c: Config) -> None:
     """solo-learn's CIFAR-10 recipe."""
     recipes.cifar10(c, epochs=1000.0, batch=256)
     recipes.asymmetric(c)
-    del c.augment.blur
+    del c.inputs.augment.blur
     c.method = {'name': 'moco_v3', 'layers': 2, 'predictor_batch_norm': False}
     recipes.solo_lars(c, 0.3, 1e-6)
 
@@ -49,7 +49,7 @@ def imagenet_resnet(c: Config) -> None:
     """ResNet-50 for 300 epochs (CONFIG.md of the authors' code)."""
     recipes.imagenet(c, epochs=300.0, batch=4096)
     recipes.asymmetric(c)
-    c.data.crop.scale = (0.2, 1.0)
+    c.inputs.crop.scale = (0.2, 1.0)
     c.method = {
         'name': 'moco_v3',
         'temperature': 1.0,

@@ -58,12 +58,12 @@ def webli(c: Config) -> None:
     """ViT-B/16 at the paper's batch and rate; text length and vocabulary of the authors' models.
 
     The authors' decay of 1e-4 is not multiplied by the rate, ours is. Give it a tokenizer,
-    `--config.data.text.tokenizer=PATH`.
+    `--config.inputs.text.tokenizer=PATH`.
     """
     webdataset(c)
     c.batch_size, c.total_epochs, c.data.holdout = 32_768, 1.0, 1e-5
     c.microbatch = 8192  # whole, the batch does not fit 64 v5e chips or 32 H100
-    c.data.mean = c.data.std = (0.5, 0.5, 0.5)
+    c.inputs.mean = c.inputs.std = (0.5, 0.5, 0.5)
     model = {'name': 'vit', 'size': 'B', 'patch': 16, 'pool': 'map', 'dtype': 'bfloat16'}
     c.model = {**model, 'position': 'learned'}
     text = {'width': 768, 'depth': 12, 'heads': 12, 'dtype': 'bfloat16', **BOTH_WAYS}

@@ -38,7 +38,7 @@ def flickr8k(c: Config) -> None:
     """The image encoder that `clip_vit.py:flickr8k` can start from, of the same 6,000 pictures."""
     cifar10_small(c)
     config_lib.dataset(c, 'captions')
-    c.total_steps, c.data.image_size, c.model = 3000, 48, recipes.FLICKR8K_RESNET
+    c.total_steps, c.inputs.size, c.model = 3000, 48, recipes.FLICKR8K_RESNET
     c.evals, c.best = {'collapse': {}}, 'eval/collapse/rank'  # there are no classes
 
 

@@ -32,8 +32,8 @@ def cifar10_small(c: Config) -> None:
 def cifar10(c: Config) -> None:
     """The paper's appendix D: 0.03 for a batch of 512, 800 epochs; 91.8 % linear, it says."""
     recipes.cifar10(c, epochs=800.0, batch=512)
-    c.augment.jitter.update({'saturation': 0.4})
-    c.data.crop.scale = (0.2, 1.0)
+    c.inputs.augment.jitter.update({'saturation': 0.4})
+    c.inputs.crop.scale = (0.2, 1.0)
     c.method = {'name': 'simsiam', 'layers': 2}
     c.optim = {'name': 'sgd', 'learning_rate': 0.03, 'weight_decay': 5e-4}
 

@@ -29,8 +29,8 @@ def cifar10_small(c: Config) -> None:
 def cifar10(c: Config) -> None:
     """The authors' command; their loss is τ / 0.07 times ours, hence the rate."""
     recipes.cifar10(c, epochs=1000.0, batch=1024)
-    c.data.crop.scale = (0.2, 1.0)
-    c.augment.jitter.saturation = 0.4
+    c.inputs.crop.scale = (0.2, 1.0)
+    c.inputs.augment.jitter.saturation = 0.4
     c.model.size = 50
     c.method = {'name': 'sup_con', 'temperature': 0.1}
     # 0.5 for a batch of 1024

@@ -49,7 +49,7 @@ def imagenet(c: Config) -> None:
     """The authors' 800 epochs (scripts/swav_800ep_pretrain.sh): 2 × 224 + 6 × 96 pixels."""
     recipes.imagenet(c, epochs=800.0, batch=4096)
     recipes.multi_crop(c, scale=0.14, local=6, size=96)
-    c.data.std = (0.228, 0.224, 0.225)  # the authors'
+    c.inputs.std = (0.228, 0.224, 0.225)  # the authors'
     c.method = {'name': 'swav', 'frozen': 1 / 800}
     # 4.8 for a batch of 4096, and a thousandth of it at the end
     c.optim = {

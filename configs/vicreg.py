@@ -30,7 +30,7 @@ def cifar10(c: Config) -> None:
     """solo-learn's CIFAR-10 recipe."""
     recipes.cifar10(c, epochs=1000.0, batch=256)
     recipes.asymmetric(c)
-    del c.augment.blur
+    del c.inputs.augment.blur
     c.method = {'name': 'vicreg', 'hidden': 2048, 'projection': 2048}
     recipes.solo_lars(c, 0.3, 1e-4)
 

@@ -6,9 +6,11 @@ A config names a method, a model, an evaluator or a data source by its module:
 are the names that exist.
 """
 
+import copy
 import difflib
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -90,14 +92,14 @@ def base() -> Config:
     return ConfigDict(
         {
             'seed': 0,
-            # Length: total_steps optimiser steps, or if that is 0, total_epochs over the images.
+            # Length: total_steps optimiser steps, or if that is 0, total_epochs over the data.
             'total_steps': 0,
             'total_epochs': 0.0,
-            # Images (not views) of one optimiser step, over all devices.
+            # Records of one optimiser step, over all devices.
             'batch_size': 256,
             # Micro-batches of a step, each with negatives of its own.
             'accumulate': 1,
-            # Images that are encoded at a time, 0: all; every negative still counts (GradCache).
+            # Records that are encoded at a time, 0: all; every negative still counts (GradCache).
             'microbatch': 0,
             # Keep no activations within the encoder's blocks: a third more time, less memory.
             'remat': False,
@@ -121,34 +123,14 @@ def base() -> Config:
                 'root': '',
                 # The file of captions, where there are several in root.
                 'captions': '',
-                # Where captions are to be read: 'tokenizer', a file ('': one is trained on the
-                # captions), 'vocabulary' and 'length', at most that many tokens, and 'lower'.
-                'text': {},
-                # Share of the images held out for tests where the source has no test split.
+                # Share of the records held out for tests where the source has no test split.
                 'holdout': 0.1,
-                # A larger share of unusable images stops the run.
+                # A larger share of unusable records stops the run.
                 'max_bad': 0.01,
-                # The side of the images that evaluators and users give to the encoder, and of the
-                # training views; 0: the same.
-                'image_size': 224,
-                'view_size': 0,
-                # What encoders see is (pixel / 255 − mean) / std, per channel.
-                'mean': (0.485, 0.456, 0.406),
-                'std': (0.229, 0.224, 0.225),
-                'views': 2,
-                # Random-resized crop of the views, with the probability of a flip.
-                'crop': {'scale': (0.08, 1.0), 'interpolation': 'bicubic', 'flip': 0.5},
-                # Multi-crop: further, smaller views of each image, and their share of its area.
-                'local_views': 0,
-                'local_size': 96,
-                'local_scale': (0.05, 0.4),
-                # Evaluators resize the shorter side to image_size / crop_fraction, then crop.
-                'crop_fraction': 1.0,
             },
-            # Op -> options, see contrastive_jax.augment; the order of ops is fixed there.
-            'augment': {},
-            # name -> a file of models/, methods/, evals/; the rest are keywords of its make().
-            # text: the model that reads captions, of a method that has one.
+            # name -> a file of inputs/, models/, methods/, evals/; the rest are keywords of its
+            # make(). text: the model that reads captions, of a method that has one.
+            'inputs': {},
             'model': {},
             'text': {},
             'method': {},
@@ -159,40 +141,124 @@ def base() -> Config:
     )
 
 
-# What a data set, not a recipe, determines.
-_DATASETS: dict[str, dict[str, Any]] = {
-    'digits': {
-        'source': 'digits',
-        # The 8 × 8 scans enlarged, so that crops need not fall on pixels.
-        'image_size': 16,
-        'mean': (0.305,) * 3,
-        'std': (0.376,) * 3,
-    },
-    'cifar10': {
-        'source': 'tfds:cifar10',
-        'image_size': 32,
-        'mean': (0.4914, 0.4822, 0.4465),
-        'std': (0.2470, 0.2435, 0.2616),
-    },
-    'imagenet': {'source': 'tfds:imagenet2012', 'crop_fraction': 0.875},
-    'folder': {'source': 'folder', 'crop_fraction': 0.875},
-    # OpenAI's moments of its pictures, which OpenCLIP keeps.
-    'captions': {
-        'source': 'captions',
-        'mean': (0.48145466, 0.4578275, 0.40821073),
-        'std': (0.26862954, 0.26130258, 0.27577711),
-    },
+# Every option of inputs/images.py, so that a command line can set it.
+_IMAGES: dict[str, Any] = {
+    'name': 'images',
+    'size': 224,
+    'mean': (0.485, 0.456, 0.406),
+    'std': (0.229, 0.224, 0.225),
+    'views': 2,
+    'view_size': 0,
+    'crop': {'scale': (0.08, 1.0), 'interpolation': 'bicubic', 'flip': 0.5},
+    'local_views': 0,
+    'local_size': 96,
+    'local_scale': (0.05, 0.4),
+    'crop_fraction': 1.0,
+    'augment': {},
 }
+# What a data set, not a recipe, determines: of config.data and of config.inputs.
+_DATASETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # The 8 × 8 scans enlarged, so that crops need not fall on pixels.
+    'digits': ({'source': 'digits'}, {'size': 16, 'mean': (0.305,) * 3, 'std': (0.376,) * 3}),
+    'cifar10': (
+        {'source': 'tfds:cifar10'},
+        {'size': 32, 'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616)},
+    ),
+    'imagenet': ({'source': 'tfds:imagenet2012'}, {'crop_fraction': 0.875}),
+    'folder': ({'source': 'folder'}, {'crop_fraction': 0.875}),
+    # OpenAI's mean and std of its images, which OpenCLIP keeps.
+    'captions': (
+        {'source': 'captions'},
+        {
+            'mean': (0.48145466, 0.4578275, 0.40821073),
+            'std': (0.26862954, 0.26130258, 0.27577711),
+        },
+    ),
+}
+
+
+def images() -> Config:
+    """Every option of inputs/images.py, as config.inputs has it without a recipe."""
+    return ConfigDict(_IMAGES)
 
 
 def dataset(config: Config, name: str) -> None:
     """Points a config at a known data set: its source, image size and pixel statistics."""
-    config.data.update(choose('data set', name, _DATASETS))
+    data, inputs = choose('data set', name, _DATASETS)
+    config.data.update(data)
+    if not config.inputs:
+        config.inputs = images()
+    config.inputs.update(inputs)
 
 
-def view_size(data: Config) -> int:
-    """H = W of a view that config.data asks for, in pixels."""
-    return data.get('view_size') or data.image_size
+# Which keys a config may change between two looks at one run. 'free': nothing that training
+# depends on. 'data': an evaluation may look at other data than the run's own.
+ROLES = {
+    'free': ('log_every', 'checkpoint_every', 'keep', 'evals', 'eval_every', 'tensorboard'),
+    'data': ('data.source', 'data.root', 'data.captions', 'data.holdout', 'data.max_bad'),
+}
+# Keys of earlier versions -> where they are now.
+_MOVED = {
+    'augment': 'inputs.augment',
+    'data.image_size': 'inputs.size',
+    **{f'data.{key}': f'inputs.{key}' for key in _IMAGES.keys() - {'name', 'size', 'augment'}},
+    'data.text': 'inputs.text',
+}
+
+
+def updated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of any version, as nested dicts, in today's keys.
+
+    Args:
+        config: as a run's config.json or a file of weights has it.
+    """
+    found = copy.deepcopy(dict(config))
+    if 'inputs' in found:
+        return found
+    found['inputs'] = inputs = json.loads(json.dumps(_IMAGES))
+    for old, new in _MOVED.items():
+        *path, key = old.split('.')
+        at = found
+        for name in path:
+            at = at.get(name, {})
+        if key in at:
+            inputs[new.removeprefix('inputs.')] = at.pop(key)
+    if not inputs.get('text'):
+        inputs.pop('text', None)
+    else:
+        inputs['name'] = 'captions'
+    return found
+
+
+def defaults() -> dict[str, Any]:
+    """Every key that no recipe needs to set, flat, with its value as JSON has it."""
+    return flatten(json.loads(json.dumps(base().to_dict())))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f'{prefix}{key}.'))
+        else:
+            flat[f'{prefix}{key}'] = value
+    return flat
+
+
+def check_keys(config: Config) -> None:
+    """Raises UserError for a key of the config or of config.data that nothing reads."""
+    known = base()
+    for where, ours, theirs in (
+        ('config', config, known),
+        ('config.data', config.data, known.data),
+    ):
+        for key in ours:
+            if key not in theirs:
+                full = f'{where}.{key}'.removeprefix('config.')
+                if full in _MOVED:
+                    raise UserError(f'config.{full}: is config.{_MOVED[full]} now.')
+                raise unknown('key', key, theirs, where)
 
 
 def preset(presets: Mapping[str, Callable[[Config], None]], arg: str | None) -> Config:

@@ -18,11 +18,10 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from contrastive_jax.config import UserError
+from contrastive_jax.config import ROLES, UserError
 from contrastive_jax.data.bad_records import BadRecords
 from contrastive_jax.data.sources import folder
 from contrastive_jax.inference import Trained
-from contrastive_jax.workdir import checkpoint
 
 KINDS = {'images': 'paths', 'texts': 'texts'}
 EVERY = 10  # seconds between lines of progress
@@ -64,8 +63,11 @@ def of_images(encoder: Trained, root: str, name: str, max_bad: float) -> Index:
         max_bad: a larger share of unusable pictures is an error; they are left out and logged.
 
     Raises:
-        UserError: no directory, no pictures, too many unusable ones, no such output.
+        UserError: an encoder of something else; no directory, no pictures, too many unusable ones, no such output.
     """
+    if 'image' not in encoder.inputs.eval.shapes:
+        reads = ', '.join(encoder.inputs.eval.shapes)
+        raise UserError(f'--images: {encoder.workdir} encodes {reads}, not images.')
     root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(root):
         raise UserError(f'--images: {root!r} is no directory.')
@@ -74,7 +76,7 @@ def of_images(encoder: Trained, root: str, name: str, max_bad: float) -> Index:
         raise UserError(f'--images: there is no JPEG, PNG or WebP file below {root!r}.')
     bad = BadRecords(None, len(paths), max_bad)
     source = folder.Folder(root, paths, [-1] * len(paths), [])
-    batches = encoder.pictures(source, bad, name, **_processes())
+    batches = encoder.records(source, bad, name, **_processes())
     rows_ND, used_N = _collected(batches, len(paths), encoder.outputs[name], 'images')
     skipped = int((~used_N).sum())
     # A process knows of its own share alone.
@@ -247,7 +249,7 @@ def _processes() -> dict[str, int]:
 
 
 def _about(encoder: Trained, kind: str, name: str, root: str) -> About:
-    kept = {k: v for k, v in encoder.identity().items() if k not in checkpoint.FREE}
+    kept = {k: v for k, v in encoder.identity().items() if k not in ROLES['free']}
     run = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
     workdir = os.fspath(epath.Path(encoder.workdir).absolute())
     return About(workdir, run, encoder.step, kind, name, root)

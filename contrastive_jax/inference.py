@@ -1,4 +1,4 @@
-"""From pictures and texts to features: an encoder as evaluators, programs and people see it."""
+"""From data to features: a trained encoder for programs and people, and for evaluators."""
 
 import functools
 import os
@@ -6,21 +6,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from contrastive_jax import augment, data, evals, experiment, parallel, weights
 from contrastive_jax import config as config_lib
+from contrastive_jax import data, parallel, weights
+from contrastive_jax import experiment as experiments
+from contrastive_jax import inputs as inputs_lib
 from contrastive_jax.config import Config, UserError
-from contrastive_jax.data import BadRecord, decode, text
+from contrastive_jax.data import BadRecord, text
 from contrastive_jax.data.bad_records import BadRecords
-from contrastive_jax.experiment import Parts
-from contrastive_jax.inputs import pipeline, views
+from contrastive_jax.evaluation.subject import Subject, Weights
+from contrastive_jax.experiment import Experiment
+from contrastive_jax.inputs import Inputs, pipeline
 from contrastive_jax.method import Encode, Tree
 from contrastive_jax.state import TrainState
 from contrastive_jax.weights import files
-from contrastive_jax.workdir import checkpoint
+from contrastive_jax.workdir import checkpoint, runs
 
 
 def load(
@@ -40,7 +41,7 @@ def load(
     Args:
         path: the run's workdir, a path or a bucket's URL, whose data is not needed; or a file of
             weights, see `weights.read`: our own, or of timm, transformers, OpenCLIP, DINOv2, ...
-        batch_size: pictures or texts that each device encodes at a time, at least 1. Fewer are
+        batch_size: records or texts that each device encodes at a time, at least 1. Fewer are
             padded to as many, so that each kind is compiled once. Rows have the same bits on any
             number of devices.
         image_size, model: of a file alone, see `weights.read`.
@@ -56,8 +57,8 @@ def load(
         return Trained(path, found.config, encode, state, 0, tokenizer, batch_size)
     if image_size or model:
         raise UserError(f'{os.fspath(path)}: image_size and model are for files of weights.')
-    config, step = experiment.config_of(path), checkpoint.newest(path)
-    method = experiment.build_method(_plain(config), {})
+    config, step = runs.config_of(path), checkpoint.newest(path)
+    method = experiments.build_method(_plain(config), {})
     state = checkpoint.weights(path, step)
     tokenizer = functools.partial(_tokenizer_of, path, config)
     return Trained(path, config, method.encode, state, step, tokenizer, batch_size)
@@ -68,9 +69,10 @@ class Trained:
 
     Attributes:
         config: the run's, or of a file what is known of it.
+        inputs: how it sees data.
         workdir: of the run; or the file.
         step: of the checkpoint; 0 of a file.
-        outputs: what there is of a picture, 'features' and maybe others, with its dimensions.
+        outputs: what there is of a record, 'features' and maybe others, with its dimensions.
     """
 
     def __init__(
@@ -86,32 +88,31 @@ class Trained:
         if batch_size < 1:
             raise UserError(f'batch_size: got {batch_size}, expected at least 1.')
         self.workdir, self.config, self.step = os.fspath(workdir), config, step
-        self._tokenizer, d = tokenizer, config.data
+        self.inputs = experiments.build_inputs(config)
+        self._tokenizer = tokenizer
         self._mesh = parallel.make_mesh(jax.local_devices())
         self._rows = batch_size * self._mesh.size
         self._weights = jax.device_put(state, parallel.replicated(self._mesh))
-        self._forward = _forward(encode, tuple(d.mean), tuple(d.std), parallel.rows(self._mesh))
-        image = jax.ShapeDtypeStruct((1, d.image_size, d.image_size, 3), jnp.float32)
-        shapes = jax.eval_shape(encode, *state, {'image': image})
+        self._forward = _forward(encode, self.inputs.eval.device, parallel.rows(self._mesh))
+        shapes = jax.eval_shape(encode, *state, inputs_lib.blank(self.inputs.eval))
         self.outputs = {name: x.shape[1] for name, x in shapes.items() if x.ndim == 2}
 
-    def __call__(
-        self, images: np.ndarray | Sequence[np.ndarray | str | os.PathLike], name: str = 'features'
-    ) -> np.ndarray:
-        """Rows [N, D] float32 of pictures, not normalised.
+    def __call__(self, items: np.ndarray | Sequence[Any], name: str = 'features') -> np.ndarray:
+        """Rows [N, D] float32 of records, not normalised.
 
         Args:
-            images: [N, H, W, 3] uint8; or uint8 arrays [H, W, 3] of any sizes and paths of JPEG,
-                PNG and WebP files. They are resized and centre-cropped as for evaluation.
+            items: of a run on images: [N, H, W, 3] uint8; or uint8 arrays [H, W, 3] of any sizes
+                and paths of JPEG, PNG and WebP files. They are resized and centre-cropped as for
+                evaluation. Of a run on other data, what its inputs take: see their `record`.
             name: one of `outputs`.
 
         Raises:
-            UserError: a picture that cannot be used, by its name; no such output.
+            UserError: a record that cannot be used, by its name; no such output.
         """
-        if isinstance(images, (str, os.PathLike)):
-            raise UserError(f'images: got one path, {str(images)!r}; expected a list of them.')
-        source = _Given(images)
-        batches = self.pictures(source, BadRecords(None, len(source)), name)
+        if isinstance(items, (str, os.PathLike)):
+            raise UserError(f'got one path, {str(items)!r}; expected a list of them.')
+        source = _Given(items, self.inputs)
+        batches = self.records(source, BadRecords(None, len(source)), name)
         return self._joined(batches, len(source), name)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -124,7 +125,7 @@ class Trained:
             raise UserError(f'texts: got one text, {texts!r}; expected a list of them.')
         return self._joined(self.sentences(texts), len(texts), 'embedding')
 
-    def pictures(
+    def records(
         self,
         source: data.Source,
         bad: BadRecords,
@@ -142,23 +143,20 @@ class Trained:
             UserError: no such output; too many bad records.
         """
         self.check(name)
-        d = self.config.data
         batches = pipeline.eval_batches(
             source,
+            self.inputs.eval,
             batch_size=self._rows * process_count,
-            image_size=d.image_size,
             bad=bad,
-            crop_fraction=d.crop_fraction,
-            interpolation=d.crop.interpolation,
             process_index=process_index,
             process_count=process_count,
         )
-        return self._run(batches, 'image', name)
+        return self._run(batches, tuple(self.inputs.eval.shapes), name)
 
     def sentences(
         self, texts: Sequence[str], *, process_index: int = 0, process_count: int = 1
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """As `pictures`: the embeddings of texts."""
+        """As `records`: the embeddings of texts."""
         batches = pipeline.text_batches(
             self.tokenizer,
             texts,
@@ -166,7 +164,7 @@ class Trained:
             process_index=process_index,
             process_count=process_count,
         )
-        return self._run(batches, 'text', 'embedding')
+        return self._run(batches, ('text',), 'embedding')
 
     def check(self, name: str) -> None:
         """Raises UserError unless there is such an output."""
@@ -178,7 +176,7 @@ class Trained:
         if not self.config.text:
             raise UserError(
                 f'{self.workdir}: {self._what} reads no texts; it gives '
-                f'{", ".join(self.outputs)} of pictures.'
+                f'{", ".join(self.outputs)} of {", ".join(self.inputs.eval.shapes)}.'
             )
         return self._tokenizer()
 
@@ -188,28 +186,22 @@ class Trained:
         return f'the method {method!r}' if method else 'the encoder'
 
     def identity(self) -> dict[str, Any]:
-        """What is the same for two encoders that are one, at any step: the run's config as it was
-        written, or a digest of the file."""
+        """Equal for two encoders that are one, at any step: the run's config as it was written, or
+        a digest of the file."""
         if weights.is_file(self.workdir):
             return {'file': files.digest(self.workdir)}
-        return checkpoint.read(self.workdir)
+        return checkpoint.written(self.workdir)
 
     def _run(
-        self, batches: Iterator[dict[str, np.ndarray]], kind: str, name: str
+        self, batches: Iterator[dict[str, np.ndarray]], keys: Sequence[str], name: str
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        waiting: list[tuple[jax.Array, np.ndarray]] = []
+        def run() -> Iterator[tuple[jax.Array, np.ndarray]]:
+            for batch in batches:
+                given = parallel.shard_batch(self._mesh, {key: batch[key] for key in keys})
+                yield self._forward(*self._weights, given, name), batch['mask'] > 0
 
-        def done() -> tuple[np.ndarray, np.ndarray]:
-            x_bD, used_b = waiting.pop(0)
-            return np.where(used_b[:, None], np.asarray(x_bD, np.float32), 0), used_b
-
-        for batch in batches:
-            inputs = parallel.shard_batch(self._mesh, {kind: batch[kind]})
-            waiting.append((self._forward(*self._weights, inputs, name), batch['mask'] > 0))
-            if len(waiting) > 2:  # the devices always have the next batches to work on
-                yield done()
-        while waiting:
-            yield done()
+        for x_bD, used_b in parallel.in_flight(run()):
+            yield np.where(used_b[:, None], np.asarray(x_bD, np.float32), 0), used_b
 
     def _joined(
         self, batches: Iterator[tuple[np.ndarray, np.ndarray]], count: int, name: str
@@ -222,14 +214,20 @@ def weights_of(path: str | os.PathLike) -> weights.Weights:
     """The encoder of a run's newest checkpoint, or of a file, by itself.
 
     Raises:
-        UserError: see `load`.
+        UserError: see `load`; a run on other data than images.
     """
     if weights.is_file(path):
         return weights.read(path)
-    config = experiment.config_of(path)
+    config = runs.config_of(path)
+    shapes = experiments.build_inputs(config).eval.shapes
+    if 'image' not in shapes:
+        raise UserError(
+            f'{os.fspath(path)}: an encoder of {", ".join(shapes)}; only those of images have a '
+            'file of weights by itself.'
+        )
     state = checkpoint.weights(path, checkpoint.newest(path))
     plain = _plain(config)
-    found = experiment.build_method(plain, {}).encoders(*state)
+    found = experiments.build_method(plain, {}).encoders(*state)
     vocabulary = next(iter(text.files(path)), None) if 'text' in found else None
     tokenizer = (vocabulary.name, vocabulary.read_bytes()) if vocabulary else None
     return weights.Weights(plain, found, os.fspath(path), tokenizer)
@@ -243,163 +241,114 @@ def _plain(config: Config) -> Config:
 
 
 def _tokenizer_of(workdir: str | os.PathLike, config: Config) -> text.Tokenizer:
-    d = config.data.text
+    d = config.inputs.text
     return text.open_tokenizer(workdir, length=d.length, lower=d.lower)
 
 
 class _Given:
-    """Pictures that a caller gives, as a source; one that cannot be used is a UserError."""
+    """What a caller gives, as a source; an item that cannot be used is a UserError."""
 
-    def __init__(self, images: Any):
-        self.images, self.classes = images if hasattr(images, 'ndim') else list(images), []
+    def __init__(self, items: Any, inputs: Inputs):
+        self.items, self.inputs = items if hasattr(items, 'ndim') else list(items), inputs
+        self.classes: dict[str, list[str]] = {}
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> data.Record:
-        image = self.images[index]
-        if isinstance(image, (str, os.PathLike)):
-            try:
-                image = decode.decode(epath.Path(image).read_bytes())
-            except (BadRecord, OSError) as error:
-                reason = getattr(error, 'strerror', None) or error
-                raise UserError(f'{os.fspath(image)}: {reason}') from error
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            got = f'{image.dtype} {list(image.shape)}'
-            raise UserError(f'{self.describe(index)}: got {got}, expected uint8 [H, W, 3].')
-        return {'image': image, 'label': -1}
+        try:
+            return self.inputs.record(self.items[index])
+        except BadRecord as error:
+            raise UserError(f'{self.describe(index)}: {error}') from error
 
     def describe(self, index: int) -> str:
-        return f'images[{index}]'
+        item = self.items[index]
+        return os.fspath(item) if isinstance(item, (str, os.PathLike)) else f'item {index}'
 
 
-def open_run(workdir: str) -> tuple[Parts, evals.Encoder]:
-    """What a run has trained, to look at: its data and the newest checkpoint's encoder.
+def open_run(workdir: str) -> tuple[Experiment, Subject]:
+    """A run to look at: what its config names, and the newest checkpoint's encoder.
 
-    `encoder.features('test')` are the features and labels of a split.
+    `subject.features('test')` are the features and labels of a split.
 
     Raises:
         UserError: there is no run in workdir, or no complete checkpoint of it.
     """
-    config = experiment.config_of(workdir)
+    config = runs.config_of(workdir)
     mesh = parallel.make_mesh()
     with jax.set_mesh(mesh):
-        parts = experiment.build_parts(config, workdir, mesh)
+        experiment = experiments.open(config, workdir, mesh)
         checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.best)
-        state = checkpoints.restore(parts.program.state)
+        state = checkpoints.restore(experiment.state)
         checkpoints.close()
     if state is None:
         raise UserError(f'there is no complete checkpoint in {workdir}/checkpoints.')
-    return parts, encoder(config, parts, mesh, state)
+    return experiment, subject(experiment, state)
 
 
-def encoder(
-    config: Config,
-    parts: Parts,
-    mesh: jax.sharding.Mesh,
-    state: TrainState | None,
-    how: Encode | None = None,
-) -> evals.Encoder:
-    """A state's encoder (by `how`, or the method's own), or without a state the raw pixels."""
-    d = config.data
-    moments = tuple(d.mean), tuple(d.std)
-    tower = outputs = None
-    if state is None:
-        encode = functools.partial(_pixels, *moments)
-    else:
-        method = parts.program.method
-        module = config_lib.build('models', config.model, 'config.model')
-        tower = evals.Tower(module, *method.encoders(state.params, state.extra)['image'])
-        how = how or method.encode
-        forward = _forward(how, *moments, parallel.rows(mesh))
-        encode = functools.partial(forward, state.params, state.extra)
-        image = jax.ShapeDtypeStruct((1, d.image_size, d.image_size, 3), jnp.float32)
-        trace = functools.partial(jax.eval_shape, how, state.params, state.extra, {'image': image})
-        outputs = lambda: list(trace())  # noqa: E731
+def subject(experiment: Experiment, state: TrainState, encode: Encode | None = None) -> Subject:
+    """A state's encoder, for evaluators.
 
-    def pictures(source: data.Source, size: int, **share: int) -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.eval_batches(
-            source,
-            batch_size=size,
-            image_size=d.image_size,
-            bad=parts.bad,
-            crop_fraction=d.crop_fraction,
-            interpolation=d.crop.interpolation,
-            **share,
-        )
-
-    def batches(name: str) -> Iterator[dict[str, np.ndarray]]:
-        share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
-        return pictures(parts.splits[name], config.batch_size, **share)
-
-    def images(name: str, rows: evals.Rows) -> np.ndarray:
-        some = data.Subset(parts.splits[name], list(map(int, rows)))
-        return next(pictures(some, len(rows)))['image']
-
-    def pairs(name: str, rows: evals.Rows) -> np.ndarray:
-        return views.pairs(config, parts.splits[name], rows, config.seed)
-
-    def texts(texts: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-        assert parts.tokenizer is not None
-        return pipeline.text_batches(
-            parts.tokenizer,
-            texts,
-            batch_size=config.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-
-    def captions(name: str) -> list[list[str]] | None:
-        source: Any = parts.splits[name]
-        if not hasattr(source, 'captions'):
-            return None
-        return [data.captions(source, i) for i in range(len(source))]
-
-    return evals.Encoder(
-        encode,
-        tuple(parts.splits),
-        parts.splits['train'].classes,
-        batches,
-        mesh,
-        texts=texts if parts.tokenizer and state is not None else None,
-        captions=captions,
-        images=images,
-        sizes={name: len(source) for name, source in parts.splits.items()},
-        tower=tower,
-        views=evals.Views(*moments, d.crop.to_dict(), pairs),
-        outputs=outputs,
-        random=state is not None and int(state.step) == 0 and not config.init_from,
+    Args:
+        experiment: whose state it is.
+        state: the weights.
+        encode: in the place of the method's own.
+    """
+    e = experiment
+    encode = encode or e.method.encode
+    forward = _forward(encode, e.inputs.eval.device, parallel.rows(e.mesh))
+    blank = jax.eval_shape(lambda: inputs_lib.blank(e.inputs.eval))
+    module = config_lib.build('models', e.config.model, 'config.model')
+    encoder = next(iter(e.method.encoders(state.params, state.extra).values()))
+    return Subject(
+        functools.partial(forward, state.params, state.extra),
+        e.inputs,
+        e.splits,
+        e.mesh,
+        batch_size=e.config.batch_size,
+        bad=e.bad,
+        outputs=lambda: list(jax.eval_shape(encode, state.params, state.extra, blank)),
+        weights=Weights(module, *encoder),
+        random=int(state.step) == 0 and not e.config.init_from,
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 3))
-def _pixels(mean: tuple, std: tuple, batch: dict[str, jax.Array], name: str) -> jax.Array:
-    """The raw-pixel baseline: normalised as for the encoder, at most 16 × 16 of them.
-
-    Cosines of pixels that are all positive say little, and all pixels of a photograph would not
-    fit. What the smaller size costs the baseline has not been measured.
-    """
-    del name
-    images = augment.normalize(batch['image'], mean, std)
-    side = min(images.shape[1], 16)
-    images = jax.image.resize(images, (images.shape[0], side, side, 3), 'linear')
-    return images.reshape(images.shape[0], -1)
+def baseline(
+    inputs: Inputs,
+    splits: Mapping[str, data.Source],
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    bad: BadRecords,
+) -> Subject:
+    """What needs no network, for evaluators: raw pixels, log power."""
+    encode = _baseline(inputs.baseline, inputs.eval.device)
+    return Subject(encode, inputs, splits, mesh, batch_size=batch_size, bad=bad)
 
 
 @functools.lru_cache(maxsize=2)
-def _forward(encode: Encode, mean: tuple, std: tuple, split: Any) -> Callable:
-    """`(params, extra, batch, name) -> output`, compiled once for all evaluations.
+def _baseline(features: Callable, device: Callable) -> Callable:
+    @functools.partial(jax.jit, static_argnames=('name', 'prepared'))
+    def forward(batch: inputs_lib.Batch, name: str, prepared: bool = False) -> jax.Array:
+        if name != 'features':
+            raise KeyError(name)
+        return features(batch if prepared else device(None, batch))
 
-    The batch has uint8 images or the ids of texts; `name` is of what the method's `encode` gives.
+    return forward
+
+
+@functools.lru_cache(maxsize=2)
+def _forward(encode: Encode, device: Callable, split: Any) -> Callable:
+    """`(params, extra, batch, name, prepared=False) -> output`, compiled once for all evaluations.
+
+    The batch is one that `device` takes (or, prepared, gives) or has the ids of texts; `name` is of
+    what the method's `encode` gives.
     """
 
-    def forward(params: Any, extra: Any, batch: dict[str, jax.Array], name: str) -> jax.Array:
-        if 'image' in batch:
-            inputs = {'image': augment.normalize(batch['image'], mean, std)}
-        else:
-            inputs = {'text': batch['text']}
-        return encode(params, extra, inputs)[name]
+    def forward(
+        params: Any, extra: Any, batch: inputs_lib.Batch, name: str, prepared: bool = False
+    ) -> jax.Array:
+        given = batch if prepared or 'text' in batch else device(None, batch)
+        return encode(params, extra, given)[name]
 
     # State and batch lie as they are.
-    return jax.jit(forward, static_argnums=3, out_shardings=split)
+    return jax.jit(forward, static_argnames=('name', 'prepared'), out_shardings=split)

@@ -12,10 +12,11 @@ from contrastive_jax import cli
 def main(argv: Sequence[str]) -> None:
     del argv
     # Not before flags are parsed: a typo is answered at once.
-    from contrastive_jax import experiment, parallel, train
+    from contrastive_jax import parallel, train
+    from contrastive_jax.workdir import runs
 
     cli.quiet()
-    config = experiment.resolve(cli.CONFIG.value, cli.WORKDIR.value, cli.EVAL_ONLY.value)
+    config = runs.resolve(cli.CONFIG.value, cli.WORKDIR.value, cli.EVAL_ONLY.value)
     cli.compilation_cache()
     cli.cpu_devices(config)
     parallel.initialize(cli.COORDINATOR.value, cli.PROCESSES.value, cli.PROCESS.value)

@@ -5,8 +5,9 @@ plain single-device mathematics under `jit`; only `similarity` talks to its neig
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from contrastive_jax.config import UserError
 
+Item = TypeVar('Item')
 AXIS = 'data'
 HEARTBEAT = 40  # seconds without a sign of life after which the other processes stop
 FSDP_SIZE = 2**14  # numbers in the smallest leaf that is worth splitting
@@ -161,11 +163,18 @@ def sum_over_processes(x: np.ndarray) -> np.ndarray:
     return np.asarray(parts).view(x.dtype).sum(0)
 
 
-def agree(flag: bool) -> bool:
-    """Whether any process says yes (every process must ask)."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+def in_flight(items: Iterable[Item], ahead: int = 2) -> Iterator[Item]:
+    """The items in order, each once `ahead` more have been asked for.
+
+    Of results that devices are still computing: they always have the next batches to work on while
+    the host waits for one.
+    """
+    waiting: deque[Item] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def initialize(coordinator: str, processes: int, process: int) -> None:

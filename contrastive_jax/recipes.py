@@ -31,8 +31,8 @@ def digits(c: Config, steps: int = 1000) -> None:
     c.total_steps, c.batch_size = steps, 64
     c.log_every, c.checkpoint_every = 100, 500
     # No flips: a mirrored 2 is no digit.
-    c.data.crop = {'scale': (0.5, 1.0), 'interpolation': 'bicubic', 'flip': 0.0}
-    c.augment = {
+    c.inputs.crop = {'scale': (0.5, 1.0), 'interpolation': 'bicubic', 'flip': 0.0}
+    c.inputs.augment = {
         'jitter': {'prob': 0.8, 'brightness': 0.2, 'contrast': 0.4},
         'cutout': {'prob': 0.5},
     }
@@ -52,8 +52,8 @@ def grids(c: Config, steps: int) -> None:
     digits_vit(c, steps)
     c.data.source = 'digits:grids'
     # Where a digit stands is what captions say: crops that cut little, and no flips.
-    c.data.crop.scale = (0.9, 1.0)
-    del c.augment.cutout
+    c.inputs.crop.scale = (0.9, 1.0)
+    del c.inputs.augment.cutout
     text_tower(c, vocabulary=512, length=16, width=96, depth=2, heads=3)
     c.evals = {
         'retrieval': {},
@@ -64,8 +64,9 @@ def grids(c: Config, steps: int) -> None:
 
 def text_tower(c: Config, vocabulary: int, length: int, **model: Any) -> None:
     """One view an image, and its caption read by a transformer (its keywords)."""
-    c.data.views = 1
-    c.data.text = {'tokenizer': '', 'vocabulary': vocabulary, 'length': length, 'lower': True}
+    c.inputs.views = 1
+    c.inputs.name = 'captions'
+    c.inputs.text = {'tokenizer': '', 'vocabulary': vocabulary, 'length': length, 'lower': True}
     c.text = {'name': 'transformer', **model}
     c.best = 'eval/retrieval/text_to_image_r1'
 
@@ -73,13 +74,13 @@ def text_tower(c: Config, vocabulary: int, length: int, **model: Any) -> None:
 def flickr8k(c: Config, steps: int) -> None:
     """Flickr8k in Karpathy's layout, in less than 20 minutes of two CPU cores."""
     captions(c, batch=128)
-    c.total_steps, c.data.image_size, c.data.view_size = steps, 64, 48
+    c.total_steps, c.inputs.size, c.inputs.view_size = steps, 64, 48
     c.log_every, c.checkpoint_every = 100, 500
     # 6,000 images are soon known by heart: small crops, flips, hidden words and much decay. Hues
     # stay. In views of 48 pixels things are as large as in whole pictures of 64 (Touvron et al.
     # 2019, arXiv:1906.06423).
-    c.data.crop = {'scale': (0.25, 1.0), 'interpolation': 'bicubic', 'flip': 0.5}
-    c.augment = {'jitter': {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4}}
+    c.inputs.crop = {'scale': (0.25, 1.0), 'interpolation': 'bicubic', 'flip': 0.5}
+    c.inputs.augment = {'jitter': {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4}}
     c.model = FLICKR8K_RESNET
     text = {'width': 128, 'depth': 1, 'heads': 2, 'causal': False, 'pool': 'mean'}
     text_tower(c, vocabulary=4096, length=24, **text, drop_tokens=0.2)
@@ -92,7 +93,7 @@ def captions(c: Config, batch: int = 256, source: str = 'captions') -> None:
     c.data.source = source
     c.total_epochs, c.batch_size = 30.0, batch
     # Captions name sides and colours: no flips, no jitter, crops that show most (OpenCLIP's).
-    c.data.crop = {'scale': (0.9, 1.0), 'interpolation': 'bicubic', 'flip': 0.0}
+    c.inputs.crop = {'scale': (0.9, 1.0), 'interpolation': 'bicubic', 'flip': 0.0}
     c.model = {'name': 'vit', 'size': 'S', 'patch': 16, 'pool': 'mean', 'dtype': 'bfloat16'}
     text_tower(c, vocabulary=8192, length=64, width=384, depth=6, heads=6, dtype='bfloat16')
     c.evals = {'retrieval': {}}
@@ -104,9 +105,9 @@ def cifar10_small(c: Config, steps: int) -> None:
     config_lib.dataset(c, 'cifar10')
     c.total_steps, c.batch_size = steps, 64
     c.log_every, c.checkpoint_every = 100, 500
-    c.data.crop.scale = (0.2, 1.0)
+    c.inputs.crop.scale = (0.2, 1.0)
     jitter = {**HALF_JITTER, 'saturation': 0.2, 'hue': 0.05}
-    c.augment = {'jitter': jitter, 'grayscale': {'prob': 0.2}}
+    c.inputs.augment = {'jitter': jitter, 'grayscale': {'prob': 0.2}}
     c.model = SMALL_RESNET
     # b2: with 0.999 the second moments of so short a run lag behind.
     c.optim = {
@@ -131,7 +132,7 @@ def cifar10(c: Config, epochs: float, batch: int) -> None:
     config_lib.dataset(c, 'cifar10')
     c.total_epochs, c.batch_size = epochs, batch
     c.eval_every = 10_000
-    c.augment = {'jitter': HALF_JITTER, 'grayscale': {'prob': 0.2}}
+    c.inputs.augment = {'jitter': HALF_JITTER, 'grayscale': {'prob': 0.2}}
     c.model = {'name': 'resnet', 'size': 18, 'stem': 'cifar'}
     c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
 
@@ -152,7 +153,7 @@ def imagenet(c: Config, epochs: float, batch: int) -> None:
     config_lib.dataset(c, 'imagenet')
     c.total_epochs, c.batch_size = epochs, batch
     c.eval_every = 10_000
-    c.augment = {
+    c.inputs.augment = {
         'jitter': JITTER,
         'grayscale': {'prob': 0.2},
         'blur': {'prob': 0.5, 'sigma': (0.1, 2.0)},
@@ -169,7 +170,7 @@ def imagenet_vit(c: Config, epochs: float, batch: int, size: str = 'S') -> None:
 
 def asymmetric(c: Config) -> None:
     """BYOL's pair: one view always blurred, the other seldom blurred and sometimes solarised."""
-    c.augment = {
+    c.inputs.augment = {
         'jitter': BYOL_JITTER,
         'grayscale': {'prob': 0.2},
         'blur': {'prob': (1.0, 0.1), 'sigma': (0.1, 2.0)},
@@ -179,18 +180,18 @@ def asymmetric(c: Config) -> None:
 
 def moco_v2(c: Config) -> None:
     """MoCo v2's views: a weaker jitter, crops of at least a fifth."""
-    c.augment = {
+    c.inputs.augment = {
         'jitter': {**BYOL_JITTER, 'saturation': 0.4},
         'grayscale': {'prob': 0.2},
         'blur': {'prob': 0.5, 'sigma': (0.1, 2.0)},
     }
-    c.data.crop.scale = (0.2, 1.0)
+    c.inputs.crop.scale = (0.2, 1.0)
 
 
 def multi_crop(c: Config, scale: float, local: int, size: int) -> None:
     """Two global views that show more than a share `scale`, and `local` small ones of less."""
-    c.data.crop.scale = (scale, 1.0)
-    c.data.local_views, c.data.local_size, c.data.local_scale = local, size, (0.05, scale)
+    c.inputs.crop.scale = (scale, 1.0)
+    c.inputs.local_views, c.inputs.local_size, c.inputs.local_scale = local, size, (0.05, scale)
 
 
 def folder(c: Config, batch: int = 256) -> None:

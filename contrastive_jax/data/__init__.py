@@ -1,14 +1,14 @@
-"""Where pictures come from: a source per split, opened by name.
+"""Where records come from: a source for each split, opened by name.
 
-`open_splits` gives sources (record in, uint8 image out); `inputs.pipeline` turns a source into
-batches. Importing this package imports neither grain nor an image library.
+`open_splits` gives sources; `inputs` says what becomes of their records. Importing this package
+imports neither grain nor an image library.
 """
 
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NotRequired, Protocol, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from absl import logging
 
@@ -20,36 +20,37 @@ class BadRecord(Exception):
     """A record that cannot be used; its text is the reason."""
 
 
-class Record(TypedDict):
-    """One picture: `image` [H, W, 3] uint8 of any size, `label` (-1 where there is none).
-
-    `captions`, at least one, where the source has `captions(index)`.
-    """
-
-    image: Any
-    label: int
-    captions: NotRequired[list[str]]
+# One record: its arrays by name, and an int for each of the source's labels, -1 where it has none.
+# An image is 'image' [H, W, 3] uint8 of any size, with 'captions', at least one, where the source
+# has `captions(index)`; a recording is 'wave' [T] int16 and its 'rate' in Hz.
+Record = Mapping[str, Any]
 
 
 class Source(Protocol):
     """Records in random access; `source[i]` may be called from several threads at once.
 
-    `classes` holds the class names in label order, [] where the records have no labels.
+    `classes` holds for each label that records have, 'label' or others, the names of its classes in
+    order; {} where they have none.
     `source[i]` raises BadRecord(reason) for a record that cannot be used. `describe(i)` names the
     record for people, a path or 'name[i]', and is unique over the splits.
 
-    A source of pictures with captions also has `captions(i)`, which gives a record's without
-    decoding the picture and raises BadRecord where there is none. It may have `skipped`, a list of
+    A source of images with captions also has `captions(i)`, which gives a record's without
+    decoding the image and raises BadRecord where there is none. It may have `skipped`, a list of
     (name, reason) for what was left out: empty captions, unusable lines.
     """
 
-    classes: list[str]
+    classes: dict[str, list[str]]
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Record: ...
 
     def describe(self, index: int, /) -> str: ...
+
+
+def labelled(names: Sequence[str]) -> dict[str, list[str]]:
+    """`Source.classes` of records with one 'label', or with none where there are no names."""
+    return {'label': list(names)} if names else {}
 
 
 class Subset:
@@ -85,7 +86,7 @@ def hold_out(
 ) -> dict[str, Source]:
     """Splits a source without test records into 'train' and 'test' by a hash of each record's key.
 
-    Which side a record falls on depends on its key alone: adding pictures to a folder moves none of
+    Which side a record falls on depends on its key alone: adding files to a folder moves none of
     the others. At least one record is held out.
 
     Args:
@@ -100,7 +101,7 @@ def hold_out(
     if not 0 <= fraction < 1:
         raise UserError(f'config.data.holdout: got {fraction}, expected a share in [0, 1).')
     if fraction == 0:
-        logging.info('no test split in %s, and config.data.holdout is 0: no test images', name)
+        logging.info('no test split in %s, and config.data.holdout is 0: no test records', name)
         return {'train': source}
     digests = [hashlib.sha256(key(i).encode()).digest()[:8] for i in range(len(source))]
     hashes = [int.from_bytes(d, 'big') / 2**64 for d in digests]
@@ -108,7 +109,7 @@ def hold_out(
     test = [i for i, value in enumerate(hashes) if value <= limit]
     train = [i for i, value in enumerate(hashes) if value > limit]
     logging.info(
-        'no test split in %s: holding out %g %% = %d images', name, 100 * fraction, len(test)
+        'no test split in %s: holding out %g %% = %d records', name, 100 * fraction, len(test)
     )
     return {'train': Subset(source, train), 'test': Subset(source, test)}
 

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from contrastive_jax import evals, figures
+from contrastive_jax import evaluation, figures
 from contrastive_jax.config import UserError
+from contrastive_jax.evaluation import Evaluate
+from contrastive_jax.evaluation.subject import Subject
 
 
-def make(count: int = 8, mass: float = 1.0) -> evals.Evaluate:
+def make(count: int = 8, mass: float = 1.0) -> Evaluate:
     """Draws, for each image, what CLS attends to in every head, and the mean over the heads.
 
     Without a CLS token it is the attention that a patch gets on the average of all. Each map is
@@ -24,7 +26,7 @@ def make(count: int = 8, mass: float = 1.0) -> evals.Evaluate:
             weights that have it together. DINO's figures: 0.6.
 
     Returns:
-        `evaluate(encoder)`, which yields the picture 'heads'. Nothing where the encoder has no
+        `evaluate(subject)`, which yields the picture 'heads'. Nothing where the encoder has no
         attention.
 
     Raises:
@@ -36,10 +38,10 @@ def make(count: int = 8, mass: float = 1.0) -> evals.Evaluate:
         raise UserError(f'config.evals.attention.count: got {count}, expected at least 1.')
     if not 0 < mass <= 1:
         raise UserError(f'config.evals.attention.mass: got {mass}, expected a share in (0, 1].')
-    say = evals.missed('Attention')
+    say = evaluation.missed('Attention')
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, bytes]]:
-        found = evals.sampled(encoder, count, ('attention',), say)
+    def evaluate(subject: Subject) -> Iterator[tuple[str, bytes]]:
+        found = subject.first_of(count, ('attention',), say)
         if found is None:
             return
         images, weights_nKN = found
@@ -68,7 +70,7 @@ def kept(weights_nKN: np.ndarray, mass: float) -> np.ndarray:
 
 def upsampled(x_nKN: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Values of patches as those of the images' pixels, [n, K, H, W]."""
-    rows, columns = evals.grid(images, x_nKN.shape[2])
+    rows, columns = evaluation.grid(images, x_nKN.shape[2])
     x_nKhw = x_nKN.astype(np.float32).reshape(*x_nKN.shape[:2], rows, columns)
     size, nearest = (images.shape[2], images.shape[1]), Image.Resampling.NEAREST
     maps = [Image.fromarray(x_hw).resize(size, nearest) for x_Khw in x_nKhw for x_hw in x_Khw]

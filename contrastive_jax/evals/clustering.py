@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from contrastive_jax import evals, parallel
+from contrastive_jax import evaluation, parallel
 from contrastive_jax.config import UserError
+from contrastive_jax.evaluation import Evaluate, Measure, percent
+from contrastive_jax.evaluation.subject import Subject
 from contrastive_jax.networks.kmeans import kmeans
 
 
 def make(
-    clusters: int = 0, restarts: int = 10, iterations: int = 50, seed: int = 0
-) -> evals.Evaluate:
+    clusters: int = 0, restarts: int = 10, iterations: int = 50, seed: int = 0, label: str = 'label'
+) -> Evaluate:
     """k-means of the labelled test images' features, by cosine, compared with their classes.
 
     Of several restarts the one whose rows are closest to their centroids counts: no label chooses.
@@ -28,9 +30,10 @@ def make(
         restarts: at least 1.
         iterations: of each restart, at least 1.
         seed: of the first centroids.
+        label: the one of the data's labels that clusters are compared with.
 
     Returns:
-        `evaluate(encoder)`, which yields 'accuracy', the share of images whose cluster stands for
+        `evaluate(subject)`, which yields 'accuracy', the share of images whose cluster stands for
         their class, in the one-to-one matching that makes it highest (Kuhn 1955); and 'nmi', the
         mutual information of clusters and classes over the mean of their entropies, in [0, 1].
 
@@ -48,30 +51,29 @@ def make(
     ):
         if value < least:
             raise UserError(f'{where}.{name}: got {value}, expected at least {least}.')
-    say = evals.missed('clustering')
+    say = evaluation.missed('clustering')
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
+    def evaluate(subject: Subject) -> Iterator[tuple[str, Measure]]:
         from sklearn.metrics import normalized_mutual_info_score
 
-        if reason := encoder.missing():
+        if reason := subject.missing(label):
             say(reason)
             return
-        x_ND, label_N = encoder.features('test')
+        x_ND, label_N = subject.features('test', label=label)
         counts_N = label_N >= 0
         k = clusters or len(np.unique(label_N[counts_N]))
         if k > counts_N.sum():
             raise UserError(f'{where}.clusters: got {k}, but {counts_N.sum()} labelled images.')
-        cluster_N = _cluster(encoder, x_ND, counts_N, k)[counts_N]
-        yield 'accuracy', matched(label_N[counts_N], cluster_N)
-        yield 'nmi', float(normalized_mutual_info_score(label_N[counts_N], cluster_N))
+        cluster_N = _cluster(subject, x_ND, counts_N, k)[counts_N]
+        yield 'accuracy', percent(matched(label_N[counts_N], cluster_N), 'clustering, accuracy')
+        nmi = normalized_mutual_info_score(label_N[counts_N], cluster_N)
+        yield 'nmi', percent(nmi, 'clustering, NMI')
 
-    def _cluster(
-        encoder: evals.Encoder, x_ND: jax.Array, counts_N: np.ndarray, k: int
-    ) -> np.ndarray:
+    def _cluster(subject: Subject, x_ND: jax.Array, counts_N: np.ndarray, k: int) -> np.ndarray:
         best, found = np.inf, np.zeros(0, int)
         for restart in range(restarts):
             key = jax.random.fold_in(jax.random.key(seed), restart)
-            with jax.set_mesh(encoder.mesh):
+            with jax.set_mesh(subject.mesh):
                 assignment_N, spread = _kmeans(x_ND, counts_N, key, k=k, iterations=iterations)
             if float(spread) < best:
                 best, found = float(spread), parallel.to_host(assignment_N)

@@ -10,24 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from contrastive_jax import evals
+from contrastive_jax.evaluation import Evaluate
+from contrastive_jax.evaluation.subject import Subject
 from contrastive_jax.losses import unit
 
 
-def make() -> evals.Evaluate:
+def make() -> Evaluate:
     """Two indicators, of the test images' features (or of train's, where there is no test split).
 
     Returns:
-        `evaluate(encoder)`, which yields 'std', the standard deviation of features of unit length
+        `evaluate(subject)`, which yields 'std', the standard deviation of features of unit length
         times √D, averaged over dimensions: 1 if they are spread evenly, 0 if all are one (SimSiam,
         Chen and He 2021, figure 2); and 'rank', e to the entropy of the features' singular values,
         from 1 to D (RankMe, Garrido et al. 2023, arXiv:2210.02885, eq. 2).
     """
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
-        split = 'test' if 'test' in encoder.splits else 'train'
-        with jax.set_mesh(encoder.mesh):
-            moments = _moments(encoder.features(split).x_ND)
+    def evaluate(subject: Subject) -> Iterator[tuple[str, float]]:
+        split = 'test' if 'test' in subject.splits else 'train'
+        with jax.set_mesh(subject.mesh):
+            moments = _moments(subject.features(split).x_ND)
         counts, mean_D, square_D, gram_DD = (np.asarray(x, np.float64) for x in moments)
         yield 'std', float(np.sqrt(np.maximum(square_D - mean_D**2, 0)).mean() * len(mean_D) ** 0.5)
         # The squares of the singular values; those that are rounding alone can be negative.

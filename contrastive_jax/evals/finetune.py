@@ -15,9 +15,11 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from contrastive_jax import augment, evals, models, optim, parallel
+from contrastive_jax import augment, evaluation, models, optim, parallel
 from contrastive_jax.config import UserError
 from contrastive_jax.evals.linear import held_out
+from contrastive_jax.evaluation import Evaluate, few_labels
+from contrastive_jax.evaluation.subject import RECORDS, Subject
 from contrastive_jax.inputs import geometry
 
 READ = 512  # records that are decoded at a time
@@ -39,10 +41,10 @@ def make(
     scratch: bool = True,
     memory: float = 4.0,
     seed: int = 0,
-) -> evals.Evaluate:
+) -> Evaluate:
     """The encoder and a linear classifier on it, trained together by AdamW on few labels.
 
-    Images are cropped and flipped as in the run's own training (config.data.crop) and otherwise
+    Images are cropped and flipped as in the run's own training (config.inputs.crop) and otherwise
     left as they are. The learning rate warms up and falls by a cosine. Where there are several
     candidates, each set of labels chooses its own: the one that, trained on four fifths of these
     labels, has the lowest cross-entropy on the rest (with one label a class, where nothing can be
@@ -70,7 +72,7 @@ def make(
         seed: of everything that is drawn.
 
     Returns:
-        `evaluate(encoder)`, which yields mean and standard deviation over draws,
+        `evaluate(subject)`, which yields mean and standard deviation over draws,
         'top1_<n>_per_class', 'top1_<p>_percent', and '..._std' as `linear` does, and
         'scratch_top1_...' from random weights, which is all that an untrained encoder gets. Nothing
         for raw pixels. Numbers of devices change no draw, only the order in which sums are added up
@@ -83,7 +85,7 @@ def make(
     al. 2022, arXiv:2106.08254).
     """
     where = 'config.evals.finetune'
-    evals.check_draws(where, per_class, draws, fractions)
+    few_labels.check(where, per_class, draws, fractions)
     for name, value, fine, expected in (
         ('epochs', epochs, epochs > 0, 'above 0'),
         ('min_steps', min_steps, min_steps >= 1, 'at least 1'),
@@ -97,23 +99,23 @@ def make(
     ):
         if not fine:
             raise UserError(f'{where}.{name}: got {value}, expected {expected}.')
-    few, limit = evals.few_labels(per_class, fractions), memory * 2**30
+    few, limit = few_labels.named(per_class, fractions), memory * 2**30
     rates = sorted(learning_rates)
-    say = evals.missed('fine-tuning')
+    say = evaluation.missed('fine-tuning')
     from_scratch: dict[tuple[Any, str], list[float]] = {}
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
-        if encoder.tower is None or encoder.views is None:
+    def evaluate(subject: Subject) -> Iterator[tuple[str, float]]:
+        if subject.weights is None or subject.views is None:
             return
-        if reason := encoder.missing():
+        if reason := subject.missing():
             say(reason)
             return
-        label_N, test = encoder.labelled().label_N, _Test(encoder, limit)
-        module, views = encoder.tower.module, encoder.views
+        label_N, test = subject.labelled().label_N, _Test(subject, limit)
+        module, views = subject.weights.module, subject.views
         fit = Fit(
-            encoder.mesh,
+            subject.mesh,
             module,
-            max(len(encoder.classes), int(label_N.max()) + 1),
+            max(len(subject.classes), int(label_N.max()) + 1),
             views.mean,
             views.std,
             weight_decay,
@@ -144,21 +146,21 @@ def make(
         for name, labels in few.items():
             pretrained: list[float] = []
             starts: list[tuple[evals.Tower | None, Fit, list[float]]] = []
-            if not (encoder.random and scratch):
-                starts.append((encoder.tower, fit, pretrained))
+            if not (subject.random and scratch):
+                starts.append((subject.weights, fit, pretrained))
             if scratch and (module, name) not in from_scratch:
                 from_scratch[module, name] = []
                 # Of random weights no layer is worth keeping: one rate for all.
                 plain = fit._replace(layer_decay=1.0)
                 starts.append((None, plain, from_scratch[module, name]))
-            for draw, rows in enumerate(evals.draws(label_N, labels, draws, seed)):
-                x = _read(encoder, rows, limit, where)
+            for draw, rows in enumerate(few_labels.draws(label_N, labels, draws, seed)):
+                x = _read(subject, rows, limit, where)
                 for tower, this, scores in starts:
                     scores.append(top1(this, tower, x, label_N[rows], draw))
             if pretrained:
-                yield from evals.over_draws(f'top1_{name}', pretrained)
+                yield from few_labels.over_draws(f'top1_{name}', pretrained)
             if scratch:
-                yield from evals.over_draws(f'scratch_top1_{name}', from_scratch[module, name])
+                yield from few_labels.over_draws(f'scratch_top1_{name}', from_scratch[module, name])
 
     return evaluate
 
@@ -223,32 +225,32 @@ def _order(seed: tuple[int, int], epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([*seed, 0, epoch]).permutation(count)
 
 
-def _read(encoder: evals.Encoder, rows: np.ndarray, limit: float, where: str) -> np.ndarray:
-    """Pictures of rows of `encoder.labelled()`, [n, H, W, 3] uint8."""
-    first = len(encoder.features('train').label_N)  # of validation
+def _read(subject: Subject, rows: np.ndarray, limit: float, where: str) -> np.ndarray:
+    """Pictures of rows of `subject.labelled()`, [n, H, W, 3] uint8."""
+    first = len(subject.features('train').label_N)  # of validation
     parts = [('train', rows[rows < first]), ('validation', rows[rows >= first] - first)]
-    one = next(encoder.images(split, some[:1]) for split, some in parts if len(some))
+    one = next(subject.images(split, some[:1]) for split, some in parts if len(some))
     if len(rows) * one.nbytes > limit:
         raise UserError(
             f'{where}.memory: got {limit / 2**30:g} GiB, but {len(rows)} pictures need '
             f'{len(rows) * one.nbytes / 2**30:.1f}; fewer labels need less.'
         )
-    return np.concatenate([x for split, some in parts for x in _decoded(encoder, split, some)])
+    return np.concatenate([x for split, some in parts for x in _decoded(subject, split, some)])
 
 
-def _decoded(encoder: evals.Encoder, split: str, rows: np.ndarray) -> Iterator[np.ndarray]:
+def _decoded(subject: Subject, split: str, rows: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(rows), READ):
-        yield encoder.images(split, rows[start : start + READ])
+        yield subject.images(split, rows[start : start + READ])
 
 
 class _Test:
     """The labelled test images with their labels, in parts, as often as they are asked for."""
 
-    def __init__(self, encoder: evals.Encoder, limit: float):
-        label_N = encoder.features('test').label_N
+    def __init__(self, subject: Subject, limit: float):
+        label_N = subject.features('test').label_N
         self._encoder, self._rows = encoder, np.flatnonzero(label_N >= 0)
         self._label_n = label_N[self._rows]
-        self._fits = len(self._rows) * encoder.images('test', self._rows[:1]).nbytes <= limit
+        self._fits = len(self._rows) * subject.images('test', self._rows[:1]).nbytes <= limit
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -293,9 +295,9 @@ def _score(fit: Fit, weights: Any, parts: Any) -> tuple[float, float]:
     """(accuracy, mean cross-entropy) on parts of labelled images."""
     total = np.zeros(3)
     for x, label in parts:
-        for start in range(0, len(x), evals.PICTURES):
-            some = slice(start, start + evals.PICTURES)
-            rows, counts = _share(fit.mesh, len(x[some]), evals.PICTURES)
+        for start in range(0, len(x), RECORDS):
+            some = slice(start, start + RECORDS)
+            rows, counts = _share(fit.mesh, len(x[some]), RECORDS)
             batch = {'image': x[some][rows], 'label': label[some][rows], 'counts': counts}
             with jax.set_mesh(fit.mesh):
                 measured = _measure(fit, *weights, parallel.shard_batch(fit.mesh, batch))

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from contrastive_jax import evals, figures, parallel, similarity
+from contrastive_jax import evaluation, figures, parallel, similarity
 from contrastive_jax.config import UserError
+from contrastive_jax.evaluation import Evaluate, Measure, few_labels, percent
+from contrastive_jax.evaluation.subject import Subject, gather
 
 TILE = 4096  # 64 MiB of scores: with large k, fewer merges of best ks count for more
 
@@ -25,7 +27,8 @@ def make(
     draws: int = 5,
     seed: int = 0,
     confusion: bool = False,
-) -> evals.Evaluate:
+    label: str = 'label',
+) -> Evaluate:
     """The weighted kNN classifier of instance discrimination and DINO.
 
     The k labelled images with the highest cosine similarity vote for their class with weight
@@ -41,9 +44,10 @@ def make(
         draws: random subsets each of those is averaged over.
         seed: of the subsets.
         confusion: whether to draw which class is taken for which, with all labels.
+        label: the one of the data's labels that is predicted.
 
     Returns:
-        `evaluate(encoder)`, which yields 'top1', and the mean and the standard deviation over draws
+        `evaluate(subject)`, which yields 'top1', and the mean and the standard deviation over draws
         'top1_<n>_per_class' and 'top1_<n>_per_class_std' for each n of per_class,
         'top1_<p>_percent' and 'top1_<p>_percent_std' for each of fractions, p being 100 times it;
         and the picture 'confusion'.
@@ -58,42 +62,45 @@ def make(
         raise UserError(f'config.evals.knn.k: got {k}, expected at least 1.')
     if temperature <= 0:
         raise UserError(f'config.evals.knn.temperature: got {temperature}, expected above 0.')
-    evals.check_draws('config.evals.knn', per_class, draws, fractions)
-    say = evals.missed('kNN')
+    few_labels.check('config.evals.knn', per_class, draws, fractions)
+    few = few_labels.named(per_class, fractions)
+    say = evaluation.missed('kNN')
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float | bytes]]:
-        if reason := encoder.missing():
+    def evaluate(subject: Subject) -> Iterator[tuple[str, float | Measure | bytes]]:
+        if reason := subject.missing(label):
             say(reason)
             return
-        bank, test = encoder.labelled(), encoder.features('test')
-        classes = max(len(encoder.classes), int(bank.label_N.max()) + 1)
+        bank, test = subject.labelled(label=label), subject.features('test', label=label)
+        names = subject.classes[label]
+        classes = max(len(names), int(bank.label_N.max()) + 1)
         queries = np.flatnonzero(test.label_N >= 0)
         label_M = test.label_N[queries]
 
         def vote(x_ND: jax.Array | np.ndarray, label_N: np.ndarray) -> np.ndarray:
             neighbours = min(k, int((label_N >= 0).sum()))
-            with jax.set_mesh(encoder.mesh):
+            with jax.set_mesh(subject.mesh):
                 found = nearest(test.x_ND, x_ND, label_N >= 0, k=neighbours)
                 voted_M = classify(*found, label_N, temperature, classes=classes)
             return parallel.to_host(voted_M)[queries]
 
         voted_M = vote(bank.x_ND, bank.label_N)
         top1 = float(np.mean(voted_M == label_M))
-        yield 'top1', top1
-        for name, labels in evals.few_labels(per_class, fractions).items():
+        yield 'top1', percent(top1, 'knn, all labels' if few else 'knn')
+        for name, labels in few.items():
             # One subset after the other on the host: those of a large share are large.
             scores = [
                 float(np.mean(vote(subset, bank.label_N[rows]) == label_M))
-                for rows in evals.draws(bank.label_N, labels, draws, seed)
-                for subset in [evals.gather(encoder.mesh, bank.x_ND, rows)]
+                for rows in few_labels.draws(bank.label_N, labels, draws, seed)
+                for subset in [gather(subject.mesh, bank.x_ND, rows)]
             ]
-            yield from evals.over_draws(f'top1_{name}', scores)
+            title = f'knn, {few_labels.titled(name)}'
+            yield from few_labels.over_draws(f'top1_{name}', scores, title)
         if confusion:
             size = max(classes, int(label_M.max()) + 1)
             counts_CC = np.zeros((size, size), np.int64)
             np.add.at(counts_CC, (label_M, voted_M), 1)
-            names = [*encoder.classes, *map(str, range(len(encoder.classes), size))]
-            title = f'kNN, k = {k}: {100 * top1:.1f} % of {len(label_M):,} test images are right'
+            names = [*names, *map(str, range(len(names), size))]
+            title = f'kNN, k = {k}: {100 * top1:.1f} % of {len(label_M):,} test records are right'
             yield 'confusion', figures.confusion(counts_CC, names, title)
 
     return evaluate

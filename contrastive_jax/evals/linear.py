@@ -16,9 +16,10 @@ import numpy as np
 from absl import logging
 from jax import lax
 
-from contrastive_jax import evals, parallel
+from contrastive_jax import evaluation, parallel
 from contrastive_jax.config import UserError
-from contrastive_jax.evaluation import logistic
+from contrastive_jax.evaluation import Evaluate, Measure, few_labels, logistic, percent
+from contrastive_jax.evaluation.subject import Subject, gather, put
 
 STRENGTHS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2)
 FOLDS = 5
@@ -37,7 +38,8 @@ def make(
     tolerance: float = 1e-7,
     max_iterations: int = 1000,
     seed: int = 0,
-) -> evals.Evaluate:
+    label: str = 'label',
+) -> Evaluate:
     """Logistic regression on features, its strength of regularisation chosen without test labels.
 
     Minimises Σ_i −log softmax(W·x_i + b)[label_i] + strength/2 · ‖W‖², scikit-learn's
@@ -71,9 +73,10 @@ def make(
             of a boundary one of hundreds of images lies.
         max_iterations: of one problem, at least 1.
         seed: of subsets and validation rows.
+        label: the one of the data's labels that is predicted.
 
     Returns:
-        `evaluate(encoder)`, which yields 'top1', and the mean and the standard deviation over draws
+        `evaluate(subject)`, which yields 'top1', and the mean and the standard deviation over draws
         'top1_<n>_per_class' and 'top1_<n>_per_class_std' for each n of per_class,
         'top1_<p>_percent' and 'top1_<p>_percent_std' for each of fractions, p being 100 times it;
         of another output than the features the same as '<output>_top1', ... Raw pixels have none.
@@ -94,60 +97,62 @@ def make(
         raise UserError(f'{where}.max_iterations: got {max_iterations}, expected at least 1.')
     if not outputs:
         raise UserError(f'{where}.outputs: got none, expected names of outputs of the encoder.')
-    evals.check_draws(where, per_class, draws, fractions)
+    few_labels.check(where, per_class, draws, fractions)
     # Strongly regularised problems are solved in a few steps, and each is the next one's start.
     path = sorted(strengths, reverse=True)
     limits = Limits(tolerance, max(tolerance, CHOOSING), np.int32(max_iterations))
-    few = evals.few_labels(per_class, fractions)
-    say = evals.missed('the linear classifier')
+    few = few_labels.named(per_class, fractions)
+    say = evaluation.missed('the linear classifier')
 
-    def probe(encoder: evals.Encoder, output: str, prefix: str) -> Iterator[tuple[str, float]]:
-        train, test = encoder.labelled(output), encoder.features('test', output)
-        classes = max(len(encoder.classes), int(train.label_N.max()) + 1)
-        first = len(encoder.features('train', output).label_N)  # of validation
+    def probe(subject: Subject, output: str, prefix: str) -> Iterator[tuple[str, float | Measure]]:
+        train, test = subject.labelled(output, label), subject.features('test', output, label)
+        classes = max(len(subject.classes[label]), int(train.label_N.max()) + 1)
+        first = len(subject.features('train', output).label_N)  # of validation
         held_N = (np.arange(len(train.label_N)) >= first) & (train.label_N >= 0)
         if not held_N.any():
             held_N = held_out(train.label_N, validation_fraction, seed)
         scale = _scale(train.x_ND, train.label_N)
-        with jax.set_mesh(encoder.mesh):
+        with jax.set_mesh(subject.mesh):
             x_ND = _standardise(train.x_ND, train.label_N, *scale)
             weights = [_fit_all(x_ND, train.label_N, held_N, path, classes, limits)]
         for labels in few.values():
-            sets = evals.draws(train.label_N, labels, draws, seed)
+            sets = few_labels.draws(train.label_N, labels, draws, seed)
             # Logits of all folds of one set, and half of the numbers in all sets.
             size = len(sets[0]) * max(classes * (FOLDS + 1), draws * x_ND.shape[1] // 2)
             if size <= TOGETHER:
                 rows = np.stack(sets)
-                x = scale(evals.gather(encoder.mesh, train.x_ND, rows))
+                x = scale(gather(subject.mesh, train.x_ND, rows))
                 weights += _fit_few(x, train.label_N[rows], path, classes, limits)
                 continue
             for rows in sets:
-                x = scale(evals.gather(encoder.mesh, train.x_ND, rows)).astype(np.float32)
-                some = evals.put(encoder.mesh, x, train.label_N[rows])
+                x = scale(gather(subject.mesh, train.x_ND, rows)).astype(np.float32)
+                some = put(subject.mesh, x, train.label_N[rows])
                 held_n = held_out(some.label_N, validation_fraction, seed)
-                with jax.set_mesh(encoder.mesh):
+                with jax.set_mesh(subject.mesh):
                     weights.append(_fit_all(*some, held_n, path, classes, limits))
         # One call for all: one compilation.
         W_SDC = np.stack([scale.fold(W_DC) for W_DC in weights])
-        with jax.set_mesh(encoder.mesh):
+        with jax.set_mesh(subject.mesh):
             hits_S = parallel.to_host(_hits(test.x_ND, test.label_N, W_SDC))
         top1 = hits_S / (test.label_N >= 0).sum()
-        yield f'{prefix}top1', float(top1[0])
+        title = f'linear, {output}' if prefix else 'linear'
+        yield f'{prefix}top1', percent(top1[0], f'{title}, all labels' if few else title)
         for name, scores in zip(few, top1[1:].reshape(-1, draws), strict=True):
-            yield from evals.over_draws(f'{prefix}top1_{name}', scores)
+            row = f'{title}, {few_labels.titled(name)}'
+            yield from few_labels.over_draws(f'{prefix}top1_{name}', scores, row)
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
-        if reason := encoder.missing():
+    def evaluate(subject: Subject) -> Iterator[tuple[str, float | Measure]]:
+        if reason := subject.missing(label):
             say(reason)
             return
         if 'features' in outputs:
-            yield from probe(encoder, 'features', '')
+            yield from probe(subject, 'features', '')
         others = [output for output in outputs if output != 'features']
-        if encoder.tower is None or not others:
+        if subject.weights is None or not others:
             return
-        for output in encoder.named(others, f'{where}.outputs'):
-            yield from probe(encoder, output, f'{output}_')
-            encoder.forget(output)  # maps are large
+        for output in subject.named(others, f'{where}.outputs'):
+            yield from probe(subject, output, f'{output}_')
+            subject.forget(output)  # maps are large
 
     return evaluate
 

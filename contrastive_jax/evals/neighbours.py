@@ -3,18 +3,20 @@
 M: queries, N: training images, D: features, k: neighbours.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
-from contrastive_jax import evals, figures, parallel
+from contrastive_jax import evaluation, figures, parallel
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import knn
+from contrastive_jax.evaluation import Evaluate
+from contrastive_jax.evaluation.subject import Subject, gather
 from contrastive_jax.figures import COLOURS
 
 
-def make(count: int = 8, k: int = 10) -> evals.Evaluate:
+def make(count: int = 8, k: int = 10, label: str = 'label') -> Evaluate:
     """Draws test images, evenly spread over the split, and the k training images nearest to each.
 
     Nearest by the cosine of their features, which is written below them with the class; those of
@@ -23,9 +25,10 @@ def make(count: int = 8, k: int = 10) -> evals.Evaluate:
     Args:
         count: queries, from 1.
         k: neighbours, from 1.
+        label: the one of the data's labels that is compared.
 
     Returns:
-        `evaluate(encoder)`, which yields the picture 'sheet'. Nothing where there is no test split.
+        `evaluate(subject)`, which yields the picture 'sheet'. Nothing where there is no test split.
 
     Raises:
         UserError: a value outside its range.
@@ -33,34 +36,38 @@ def make(count: int = 8, k: int = 10) -> evals.Evaluate:
     for key, value in (('count', count), ('k', k)):
         if value < 1:
             raise UserError(f'config.evals.neighbours.{key}: got {value}, expected at least 1.')
-    say = evals.missed('Nearest neighbours')
+    say = evaluation.missed('Nearest neighbours')
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, bytes]]:
-        if 'test' not in encoder.splits:
+    def evaluate(subject: Subject) -> Iterator[tuple[str, bytes]]:
+        if reason := subject.no_images():
+            say(reason)
+            return
+        if 'test' not in subject.splits:
             say('there is no test split')
             return
-        test, train = encoder.features('test'), encoder.features('train')
+        test, train = (subject.features(split, label=label) for split in ('test', 'train'))
+        names = subject.classes.get(label, [])
         # Padding and bad records are rows of zeros.
         usable = [np.flatnonzero(parallel.to_host((f.x_ND != 0).any(1))) for f in (test, train)]
         if not all(map(len, usable)):
             say('all features are zero')
             return
-        some = usable[0][evals.spread(len(usable[0]), count)]
+        some = usable[0][evaluation.spread(len(usable[0]), count)]
         counts_N = np.isin(np.arange(len(train.label_N)), usable[1])
-        query_MD = evals.gather(encoder.mesh, test.x_ND, some)
-        with jax.set_mesh(encoder.mesh):
+        query_MD = gather(subject.mesh, test.x_ND, some)
+        with jax.set_mesh(subject.mesh):
             found = knn.nearest(query_MD, train.x_ND, counts_N, k=min(k, len(usable[1])))
         scores_Mk, rows_Mk = map(parallel.to_host, found)
-        queries = encoder.images('test', some.tolist())
-        images = encoder.images('train', rows_Mk.ravel().tolist())
+        queries = subject.rows('test', some)[0]['image']
+        images = subject.rows('train', rows_Mk.ravel())[0]['image']
         images = images.reshape(*rows_Mk.shape, *images.shape[1:])
         rows = []
-        for m, label in enumerate(test.label_N[some].tolist()):
-            tiles = [figures.Tile(queries[m], _name(encoder, label), '', COLOURS[0])]
+        for m, own in enumerate(test.label_N[some].tolist()):
+            tiles = [figures.Tile(queries[m], _name(names, own), '', COLOURS[0])]
             for image, score, row in zip(images[m], scores_Mk[m], rows_Mk[m], strict=True):
                 other = int(train.label_N[row])
-                name, frame = _name(encoder, other), ''
-                if label >= 0 and other >= 0 and label != other:
+                name, frame = _name(names, other), ''
+                if own >= 0 and other >= 0 and own != other:
                     name, frame = f'✗ {name}', COLOURS[1]
                 tiles.append(figures.Tile(image, name, f'{score:.3f}', frame))
             rows.append(tiles)
@@ -70,5 +77,5 @@ def make(count: int = 8, k: int = 10) -> evals.Evaluate:
     return evaluate
 
 
-def _name(encoder: evals.Encoder, label: int) -> str:
-    return encoder.classes[label] if 0 <= label < len(encoder.classes) else ''
+def _name(names: Sequence[str], label: int) -> str:
+    return names[label] if 0 <= label < len(names) else ''

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from contrastive_jax import evals, figures
+from contrastive_jax import evaluation, figures
 from contrastive_jax.config import UserError
+from contrastive_jax.evaluation import Evaluate
+from contrastive_jax.evaluation.subject import Subject
 
 BACKGROUND = 24  # grey value
 
 
-def make(count: int = 16, foreground: bool = True) -> evals.Evaluate:
+def make(count: int = 16, foreground: bool = True) -> Evaluate:
     """Draws each image beside its patches' first three principal components as red, green, blue.
 
     The components are those of all the images' patches together, so that a colour means the same
@@ -28,7 +30,7 @@ def make(count: int = 16, foreground: bool = True) -> evals.Evaluate:
             fewer than 3 × 3 patches, which are all at the border.
 
     Returns:
-        `evaluate(encoder)`, which yields the picture 'patches'. Nothing of raw pixels.
+        `evaluate(subject)`, which yields the picture 'patches'. Nothing of raw pixels.
 
     Raises:
         UserError: count below 1.
@@ -37,15 +39,15 @@ def make(count: int = 16, foreground: bool = True) -> evals.Evaluate:
     """
     if count < 1:
         raise UserError(f'config.evals.pca.count: got {count}, expected at least 1.')
-    say = evals.missed('PCA of patches')
+    say = evaluation.missed('PCA of patches')
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, bytes]]:
-        found = evals.sampled(encoder, count, ('patches', 'map'), say)
+    def evaluate(subject: Subject) -> Iterator[tuple[str, bytes]]:
+        found = subject.first_of(count, ('patches', 'map'), say)
         if found is None:
             return
         images, x_nhwD = found
         if x_nhwD.ndim == 3:
-            x_nhwD = x_nhwD.reshape(len(images), *evals.grid(images, x_nhwD.shape[1]), -1)
+            x_nhwD = x_nhwD.reshape(len(images), *evaluation.grid(images, x_nhwD.shape[1]), -1)
         size = images.shape[2], images.shape[1]
         drawn = [
             np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST))

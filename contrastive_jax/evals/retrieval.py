@@ -18,13 +18,15 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from contrastive_jax import evals, parallel, similarity
+from contrastive_jax import evaluation, parallel, similarity
 from contrastive_jax.config import UserError
+from contrastive_jax.evaluation import Evaluate, Measure, percent
+from contrastive_jax.evaluation.subject import Subject, put
 
 
 def make(
     split: str = 'test', k: Sequence[int] = (1, 5, 10), tile: int = similarity.TILE
-) -> evals.Evaluate:
+) -> Evaluate:
     """Recall at k and median rank, in both directions, over a whole split.
 
     The protocol of Flickr30K and of COCO's 5,000 test images: an image's rank is that of its best
@@ -38,7 +40,7 @@ def make(
         tile: images and captions scored at a time; changes no result.
 
     Returns:
-        `evaluate(encoder)`, which yields for 'image_to_text' and 'text_to_image' each
+        `evaluate(subject)`, which yields for 'image_to_text' and 'text_to_image' each
         '<direction>_r<k>', the share of queries with a rank of at most k, and
         '<direction>_median_rank', from 1. Nothing where there are no texts.
 
@@ -50,14 +52,14 @@ def make(
     check_k('config.evals.retrieval', k)
     if tile < 1:
         raise UserError(f'config.evals.retrieval.tile: got {tile}, expected at least 1.')
-    say = evals.missed('Retrieval')
+    say = evaluation.missed('Retrieval')
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
-        reason, images_MD, captions = _pairs(encoder, split)
+    def evaluate(subject: Subject) -> Iterator[tuple[str, float | Measure]]:
+        reason, images_MD, captions = _pairs(subject, split)
         if reason:
             say(reason)
             return
-        texts_ND = embed(encoder, [text for own in captions for text in own])
+        texts_ND = embed(subject, [text for own in captions for text in own])
         image_M = np.arange(len(captions))
         image_N = np.repeat(image_M, [len(own) for own in captions])
         sides = {
@@ -65,25 +67,26 @@ def make(
             'text_to_image': (texts_ND, image_N, images_MD, image_M),
         }
         for direction, (x_MD, group_M, y_ND, group_N) in sides.items():
-            rank_M = ranks(encoder.mesh, x_MD, group_M, y_ND, group_N, tile)
+            rank_M = ranks(subject.mesh, x_MD, group_M, y_ND, group_N, tile)
             for n in k:
-                yield f'{direction}_r{n}', float((rank_M <= n).mean())
+                title = f'retrieval, {direction.replace("_", " ")}, R@{n}'
+                yield f'{direction}_r{n}', percent((rank_M <= n).mean(), title)
             yield f'{direction}_median_rank', float(np.median(rank_M))
 
     return evaluate
 
 
-def _pairs(encoder: evals.Encoder, split: str) -> tuple[str, np.ndarray, list[list[str]]]:
+def _pairs(subject: Subject, split: str) -> tuple[str, np.ndarray, list[list[str]]]:
     """(why there is nothing to evaluate or '', embeddings of images that count, their captions)."""
     nothing = np.zeros((0, 0)), []
-    if not encoder.reads_text:
+    if not subject.reads_text:
         return 'the encoder reads no text', *nothing
-    if split not in encoder.splits:
+    if split not in subject.splits:
         return f'there is no {split} split', *nothing
-    captions = encoder.captions(split)
+    captions = subject.captions(split)
     if captions is None:
         return f'the {split} split has no captions', *nothing
-    x_MD = parallel.to_host(encoder.features(split, 'embedding').x_ND)[: len(captions)]
+    x_MD = parallel.to_host(subject.features(split, 'embedding').x_ND)[: len(captions)]
     # A picture that could not be decoded is a row of zeros.
     kept = np.flatnonzero([len(own) > 0 for own in captions] & (x_MD != 0).any(axis=1))
     if not len(kept):
@@ -91,10 +94,10 @@ def _pairs(encoder: evals.Encoder, split: str) -> tuple[str, np.ndarray, list[li
     return '', x_MD[kept], [captions[i] for i in kept]
 
 
-def embed(encoder: evals.Encoder, texts: Sequence[str]) -> np.ndarray:
+def embed(subject: Subject, texts: Sequence[str]) -> np.ndarray:
     """[len(texts), D] on the host; a text that occurs twice is encoded once, and so ties."""
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    return parallel.to_host(encoder.texts(list(place)))[[place[text] for text in texts]]
+    return parallel.to_host(subject.texts(list(place)))[[place[text] for text in texts]]
 
 
 def check_k(where: str, k: Sequence[int]) -> None:
@@ -126,9 +129,9 @@ def ranks(
     """
     query, bank = _grid(query_MD), _grid(bank_ND)
     own_M2 = _best(query, group_M, bank, group_N)
-    rows, group_rows = evals.put(mesh, np.concatenate([query, own_M2], 1), group_M)
+    rows, group_rows = put(mesh, np.concatenate([query, own_M2], 1), group_M)
     with jax.set_mesh(mesh):
-        others = _others(rows, group_rows, *evals.put(mesh, bank, group_N), tile=tile)
+        others = _others(rows, group_rows, *put(mesh, bank, group_N), tile=tile)
     return 1 + parallel.to_host(others)[: len(query)]
 
 

@@ -7,15 +7,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from contrastive_jax import evals, figures, parallel
+from contrastive_jax import evaluation, figures, parallel
 from contrastive_jax.config import UserError
+from contrastive_jax.evaluation import Evaluate
+from contrastive_jax.evaluation.subject import Subject
 
 DIMENSIONS = 50  # that are left of the features before (van der Maaten and Hinton, section 4.2: 30)
 
 
 def make(
-    count: int = 2000, classes: int = 20, perplexity: float = 30.0, seed: int = 0
-) -> evals.Evaluate:
+    count: int = 2000,
+    classes: int = 20,
+    perplexity: float = 30.0,
+    seed: int = 0,
+    label: str = 'label',
+) -> Evaluate:
     """Draws the test images as points, near each other where their features are, coloured by class.
 
     Features are scaled to unit length, as for cosine similarity.
@@ -27,9 +33,10 @@ def make(
         perplexity: about how many neighbours count for each image, above 0; at most a third of
             the images.
         seed: of the draw and of t-SNE.
+        label: the one of the data's labels that colours the points.
 
     Returns:
-        `evaluate(encoder)`, which yields the picture 'map'. Nothing where there are too few images.
+        `evaluate(subject)`, which yields the picture 'map'. Nothing where there are too few images.
 
     Raises:
         UserError: a value outside its range.
@@ -41,28 +48,28 @@ def make(
             raise UserError(f'config.evals.tsne.{key}: got {value}, expected at least {least}.')
     if perplexity <= 0:
         raise UserError(f'config.evals.tsne.perplexity: got {perplexity}, expected above 0.')
-    say = evals.missed('t-SNE')
+    say = evaluation.missed('t-SNE')
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, bytes]]:
-        split = 'test' if 'test' in encoder.splits else 'train'
-        x_ND, label_N = encoder.features(split)
+    def evaluate(subject: Subject) -> Iterator[tuple[str, bytes]]:
+        split = 'test' if 'test' in subject.splits else 'train'
+        x_ND, label_N = subject.features(split, label=label)
         x_ND = parallel.to_host(x_ND)
         # Padding and bad records are rows of zeros.
         rows = np.flatnonzero((x_ND != 0).any(axis=1) & np.isfinite(x_ND).all(axis=1))
         there = np.unique(label_N[rows][label_N[rows] >= 0])
-        title = f'{split} images'
+        title = f'{split} records'
         if len(there):
-            chosen = there[evals.spread(len(there), classes)]
+            chosen = there[evaluation.spread(len(there), classes)]
             rows = rows[np.isin(label_N[rows], chosen)]
             if len(chosen) < len(there):
                 title += f' of {len(chosen)} of {len(there):,} classes'
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:count])
         if len(rows) < 4 or not np.ptp(x_ND[rows], axis=0).any():
-            say('there are too few images' if len(rows) < 4 else 'all features are the same')
+            say('there are too few records' if len(rows) < 4 else 'all features are the same')
             return
         y_N2 = embed(x_ND[rows], perplexity, seed)
         title = f't-SNE of {len(rows):,} {title}'
-        yield 'map', figures.scatter(y_N2, label_N[rows], encoder.classes, title)
+        yield 'map', figures.scatter(y_N2, label_N[rows], subject.classes.get(label, []), title)
 
     return evaluate
 

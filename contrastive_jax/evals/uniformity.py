@@ -10,26 +10,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from contrastive_jax import evals, parallel, similarity
+from contrastive_jax import evaluation, parallel, similarity
 from contrastive_jax.config import UserError
+from contrastive_jax.data import BadRecord
+from contrastive_jax.evaluation import Evaluate
+from contrastive_jax.evaluation.subject import RECORDS, Subject
+from contrastive_jax.inputs import empty
 from contrastive_jax.losses.scores import inner, unit
 
 
-def make(t: float = 2.0, images: int = 1024, seed: int = 0) -> evals.Evaluate:
+def make(t: float = 2.0, images: int = 1024, seed: int = 0, label: str = 'label') -> Evaluate:
     """Uniformity and alignment of the test images' features (train's where there is no test split).
 
     Args:
         t: of uniformity's kernel, above 0.
         images: whose augmented views are compared, at most; 0: none. As many as there are, if
             there are fewer; drawn at random.
-        seed: of that draw.
+        seed: of that draw, of crops and of augmentation.
+        label: the one of the data's labels that 'class_alignment' goes by.
 
     Returns:
-        `evaluate(encoder)`, which yields, of features f of length 1:
+        `evaluate(subject)`, which yields, of features f of length 1:
         'uniformity': log of the mean of exp(−t ‖f(x) − f(y)‖²) over all pairs of two images; from
         −4t up to 0, which is a collapsed encoder; lower is more even.
         'alignment': mean of ‖f(x) − f(x⁺)‖² over pairs of views, augmented and cropped as the run
-        trained, and coded as pictures of 8 bits; from 0 to 4, lower is closer.
+        trained; from 0 to 4, lower is closer.
         'class_alignment': the same over all pairs of two images of one class, where there are
         labels.
 
@@ -44,10 +49,12 @@ def make(t: float = 2.0, images: int = 1024, seed: int = 0) -> evals.Evaluate:
     if images < 0:
         raise UserError(f'{where}.images: got {images}, expected at least 0.')
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
-        split = 'test' if 'test' in encoder.splits else 'train'
-        x_ND, label_N = encoder.features(split)
-        with jax.set_mesh(encoder.mesh):
+    say = evaluation.missed('alignment')
+
+    def evaluate(subject: Subject) -> Iterator[tuple[str, float]]:
+        split = 'test' if 'test' in subject.splits else 'train'
+        x_ND, label_N = subject.features(split, label=label)
+        with jax.set_mesh(subject.mesh):
             counts_N, lse_N = _potential(x_ND, t)
         counts_N, lse_N = parallel.to_host(counts_N), parallel.to_host(lse_N)
         rows = np.flatnonzero(counts_N)
@@ -57,12 +64,15 @@ def make(t: float = 2.0, images: int = 1024, seed: int = 0) -> evals.Evaluate:
                 'uniformity',
                 float(np.logaddexp.reduce(lse_N[rows].astype(np.float64))) - float(np.log(pairs)),
             )
-        if encoder.views and images and len(rows):
+        if 'views' not in subject.inputs.train.shapes:
+            say(f'the inputs give no views but {", ".join(subject.inputs.train.shapes)}')
+        elif images and len(rows):
             rng = np.random.default_rng(seed)
             some = np.sort(rng.permutation(rows)[:images])
-            yield 'alignment', alignment(encoder, split, some)
-        if encoder.classes and (label_N >= 0).any():
-            with jax.set_mesh(encoder.mesh):
+            if (found := alignment(subject, split, some, seed)) is not None:
+                yield 'alignment', found
+        if (label_N >= 0).any():
+            with jax.set_mesh(subject.mesh):
                 size_C, square_C = _class_sums(x_ND, label_N, classes=int(label_N.max()) + 1)
             size_C, square_C = (parallel.to_host(y).astype(np.float64) for y in (size_C, square_C))
             # Σ over the pairs of a class of ‖a − b‖² is 2n² − 2‖Σa‖², and n pairs are of one image.
@@ -72,18 +82,45 @@ def make(t: float = 2.0, images: int = 1024, seed: int = 0) -> evals.Evaluate:
     return evaluate
 
 
-def alignment(encoder: evals.Encoder, split: str, rows: np.ndarray) -> float:
-    """Mean squared distance of unit features of two augmented views of each of these records."""
-    assert encoder.views is not None
-    total = 0.0
-    for start in range(0, len(rows), evals.PICTURES):
-        views = encoder.views.pairs(split, rows[start : start + evals.PICTURES])
-        x_nVD = encoder.of(views.reshape(-1, *views.shape[2:]), 'features').astype(np.float64)
-        x_nVD = x_nVD.reshape(*views.shape[:2], -1)
+def alignment(subject: Subject, split: str, rows: np.ndarray, seed: int) -> float | None:
+    """Mean squared distance of unit features of two augmented views of each of these records.
+
+    Of a method with several views they are the first two; of one with a single view, two draws of
+    it. A record's crops depend on the seed and its number alone, its augmentation also on its place
+    among the rows. None where no view can be made of any of them.
+    """
+    train, source = subject.inputs.train, subject.splits[split]
+    (name,) = subject.inputs.eval.shapes
+    draws = 2 if train.shapes['views'].shape[0] == 1 else 1
+    device = jax.jit(train.device)
+    total, count = 0.0, 0
+    for start in range(0, len(rows), RECORDS):
+        crops = empty(train.shapes, RECORDS * draws)
+        used = []
+        for i, row in enumerate(map(int, rows[start : start + RECORDS])):
+            rng = np.random.default_rng([seed, row])
+            try:
+                made = [train.host(source[row], rng) for _ in range(draws)]
+            except BadRecord:
+                continue
+            used.append(i)
+            for draw, one in enumerate(made):
+                for key, x in one.items():
+                    crops[key][i * draws + draw] = x
+        # Every process makes all of them for itself, on one device.
+        with jax.set_mesh(parallel.make_mesh(jax.local_devices()[:1])):
+            key = jax.random.fold_in(jax.random.key(seed), start)
+            views = np.asarray(device(key, crops)['views'])
+        views = views.reshape(RECORDS, -1, *views.shape[2:])[used, :2]
+        if not used:
+            continue
+        x_nVD = subject.of_floats({name: views.reshape(-1, *views.shape[2:])}, 'features')
+        x_nVD = x_nVD.astype(np.float64).reshape(*views.shape[:2], -1)
         norm = np.linalg.norm(x_nVD, axis=2, keepdims=True)
         x_nVD = x_nVD / np.where(norm > 0, norm, 1)
         total += ((x_nVD[:, 0] - x_nVD[:, 1]) ** 2).sum()
-    return float(total / len(rows))
+        count += len(used)
+    return float(total / count) if count else None
 
 
 @jax.jit

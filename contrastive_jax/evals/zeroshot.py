@@ -11,9 +11,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from contrastive_jax import config, evals, parallel
+from contrastive_jax import config, evaluation, parallel
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import retrieval
+from contrastive_jax.evaluation import Evaluate, Measure, percent
+from contrastive_jax.evaluation.subject import Subject
 
 WHERE = 'config.evals.zeroshot'
 PROMPTS = epath.Path(__file__).parent / 'prompts'
@@ -26,7 +28,8 @@ def make(
     k: Sequence[int] = (1, 5),
     per_class: bool = False,
     split: str = 'test',
-) -> evals.Evaluate:
+    label: str = 'label',
+) -> Evaluate:
     """The zero-shot classifier of CLIP.
 
     A class's weights are the mean over templates of its unit text embeddings; images are
@@ -42,9 +45,10 @@ def make(
         k: the right class counts if it is among so many; those above C are left out.
         per_class: also the accuracy of every class, and their mean.
         split: whose images; those without a label are left out.
+        label: the one of the data's labels that is predicted.
 
     Returns:
-        `evaluate(encoder)`, which yields 'top<k>', and with per_class 'top1/<the data's name>' of
+        `evaluate(subject)`, which yields 'top<k>', and with per_class 'top1/<the data's name>' of
         every class that has images, and 'mean_per_class' over them. Nothing where there are no
         texts or no labels. Raises UserError where the names cannot be the data's classes.
 
@@ -67,38 +71,40 @@ def make(
             raise UserError(f'{WHERE}.templates: got {template!r}, expected {{}} for the name.')
     if twice := len(names) - len(set(names)):
         logging.warning('%s.classes: names of more than one class (%d) never win', WHERE, twice)
-    say = evals.missed('Zero-shot classification')
+    say = evaluation.missed('Zero-shot classification')
 
-    def evaluate(encoder: evals.Encoder) -> Iterator[tuple[str, float]]:
-        if reason := _missing(encoder, split):
+    def evaluate(subject: Subject) -> Iterator[tuple[str, float | Measure]]:
+        if reason := _missing(subject, split, label):
             say(reason)
             return
-        check(names, encoder.classes)
-        x_ND, label_N = encoder.features(split, 'embedding')
+        own = subject.classes[label]
+        check(names, own)
+        x_ND, label_N = subject.features(split, 'embedding', label)
         labelled = np.flatnonzero(label_N >= 0)
         x_ND, label_N = parallel.to_host(x_ND)[labelled], label_N[labelled]
-        called = names or [name.replace('_', ' ') for name in encoder.classes]
-        text_CD = class_embeddings(encoder, called, templates)
-        rank_N = retrieval.ranks(encoder.mesh, x_ND, label_N, text_CD, np.arange(len(text_CD)))
+        called = names or [name.replace('_', ' ') for name in own]
+        text_CD = class_embeddings(subject, called, templates)
+        rank_N = retrieval.ranks(subject.mesh, x_ND, label_N, text_CD, np.arange(len(text_CD)))
         for n in k:
             if n <= len(text_CD):
-                yield f'top{n}', float((rank_N <= n).mean())
+                title = 'zeroshot' if n == 1 else f'zeroshot, top {n}'
+                yield f'top{n}', percent((rank_N <= n).mean(), title)
         if per_class:
             present = np.unique(label_N)
             right = [float((rank_N[label_N == c] == 1).mean()) for c in present]
             for c, accuracy in zip(present, right, strict=True):
-                yield f'top1/{encoder.classes[c]}', accuracy
+                yield f'top1/{own[c]}', accuracy
             yield 'mean_per_class', float(np.mean(right))
 
     return evaluate
 
 
 def class_embeddings(
-    encoder: evals.Encoder, classes: Sequence[str], templates: Sequence[str]
+    subject: Subject, classes: Sequence[str], templates: Sequence[str]
 ) -> np.ndarray:
     """[C, D] float64: means over templates of unit embeddings."""
     texts = [template.replace('{}', name) for name in classes for template in templates]
-    x_CTD = retrieval.embed(encoder, texts).astype(np.float64)
+    x_CTD = retrieval.embed(subject, texts).astype(np.float64)
     x_CTD = x_CTD.reshape(len(classes), len(templates), -1)
     norm_CT1 = np.linalg.norm(x_CTD, axis=2, keepdims=True)
     return (x_CTD / np.where(norm_CT1 > 0, norm_CT1, 1)).mean(1)
@@ -120,15 +126,15 @@ def check(names: Sequence[str], classes: Sequence[str]) -> None:
         )
 
 
-def _missing(encoder: evals.Encoder, split: str) -> str:
+def _missing(subject: Subject, split: str, label: str) -> str:
     """Why there is nothing to evaluate, or ''."""
-    if not encoder.reads_text:
+    if not subject.reads_text:
         return 'the encoder reads no text'
-    if split not in encoder.splits:
+    if split not in subject.splits:
         return f'there is no {split} split'
-    if not encoder.classes:
-        return 'the data has no labels'
-    if not (encoder.features(split, 'embedding').label_N >= 0).any():
+    if label not in subject.classes:
+        return f'the data has no label {label!r}' if subject.classes else 'the data has no labels'
+    if not (subject.features(split, 'embedding', label).label_N >= 0).any():
         return f'no image of the {split} split has a label'
     return ''
 

@@ -1,1 +1,64 @@
-"""What evaluators share: the encoder and the data to try it on, and solvers."""
+"""What evaluators share: the encoder and the data to try it on, measures, draws of few labels.
+
+n: rows, h w: a map of patches, H W: an image, C: channels.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from absl import logging
+
+if TYPE_CHECKING:
+    from contrastive_jax.evaluation.subject import Subject
+
+PERCENT = '%'
+
+
+class Measure(NamedTuple):
+    """A number that an evaluator has found, and how to print it.
+
+    Attributes:
+        value: the number; of PERCENT a fraction in [0, 1].
+        title: its row in the closing table; '' for a number that is in none.
+        unit: PERCENT, or what follows the number: 'dB'.
+    """
+
+    value: float
+    title: str = ''
+    unit: str = ''
+
+
+def percent(value: float, title: str) -> Measure:
+    """A share in [0, 1], such as an accuracy."""
+    return Measure(float(value), title, PERCENT)
+
+
+# An evaluator yields numbers and figures, the bytes of PNG files, by name.
+Evaluate = Callable[['Subject'], Iterator[tuple[str, float | Measure | bytes]]]
+
+
+def spread(size: int, count: int) -> np.ndarray:
+    """At most `count` of range(size), evenly spread over it."""
+    count = min(count, size)
+    return (2 * np.arange(count) + 1) * size // (2 * max(count, 1))
+
+
+def grid(images_nHWC: np.ndarray, patches: int) -> tuple[int, int]:
+    """(rows, columns) of the square patches that the images divide into."""
+    height, width = images_nHWC.shape[1:3]
+    side = math.sqrt(height * width / patches)
+    return round(height / side), round(width / side)
+
+
+def missed(what: str) -> Callable[[str], None]:
+    """`say(reason)`: logs why `what` is not evaluated, each reason once."""
+    said: set[str] = set()
+
+    def say(reason: str) -> None:
+        if reason not in said:
+            logging.info('%s is not evaluated: %s', what, reason)
+            said.add(reason)
+
+    return say

@@ -8,19 +8,22 @@ import numpy as np
 from contrastive_jax.figures.style import COLOURS, FAINT, GREY, INK, png
 
 
-def training_curves(records: Sequence[Mapping[str, Any]]) -> bytes:
-    """Draws loss, learning rate and every accuracy over the steps.
+def training_curves(
+    records: Sequence[Mapping[str, Any]], measures: Mapping[str, tuple[str, str]]
+) -> bytes:
+    """Draws loss, learning rate and every measure with a title over the steps.
 
-    Accuracies (`eval/<evaluator>/top1…`) are compared with the raw pixels' (`pixels_top1…`) and
-    with the untrained encoder's, those of step 0, which are drawn as dashed lines.
+    Measures are compared with the baseline's and with the untrained encoder's, those of step 0,
+    which are drawn as dashed lines.
 
     Args:
-        records: as `metrics.read` gives them.
+        records: as `workdir.records.read` gives them.
+        measures: as `workdir.records.described` gives them.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    found = accuracies(records)
+    found = drawn(records, measures)
     # Loss and learning rate on the left, and to their right a row for each evaluator.
     shape = (max(2, len(found)), 1 + max(map(len, found.values()))) if found else (1, 2)
     figure = Figure(figsize=(4.3 * shape[1], 3.1 * shape[0]), dpi=120, layout='constrained')
@@ -44,17 +47,19 @@ def training_curves(records: Sequence[Mapping[str, Any]]) -> bytes:
     rate.set_ylim(bottom=0)
     for row, keys in enumerate(found.values()):
         for column, key in enumerate(keys, 1):
-            _accuracy(axes[row, column], records, key, COLOURS[1 + row % (len(COLOURS) - 1)])
+            about = measures[key.removeprefix('eval/')]
+            _measure(axes[row, column], records, key, *about, COLOURS[1 + row % (len(COLOURS) - 1)])
     return png(figure)
 
 
-def accuracies(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """evaluator -> keys of its accuracies of the encoder."""
+def drawn(
+    records: Sequence[Mapping[str, Any]], measures: Mapping[str, tuple[str, str]]
+) -> dict[str, list[str]]:
+    """evaluator -> keys of the measures of the encoder that have a title."""
     found: dict[str, list[str]] = {}
     for key in dict.fromkeys(k for r in records for k in r if k.startswith('eval/')):
-        _, evaluator, metric = key.split('/', 2)
-        # 'top1/<class>' is that of one class.
-        if metric.startswith('top1') and not metric.endswith('_std') and '/' not in metric:
+        evaluator = key.split('/')[1]
+        if measures.get(key.removeprefix('eval/'), ('', ''))[0]:
             found.setdefault(evaluator, []).append(key)
     return found
 
@@ -66,20 +71,27 @@ def _plain(axis: Any, records: Sequence[Mapping[str, Any]], key: str, title: str
     axis.plot(steps, values, '-' if len(steps) > 1 else 'o', color=COLOURS[0], lw=1.6)
 
 
-def _accuracy(axis: Any, records: Sequence[Mapping[str, Any]], key: str, colour: str) -> None:
-    """One accuracy over the steps, with raw pixels and the untrained encoder to compare with."""
-    _, evaluator, metric = key.split('/')
-    steps, values = series(records, key, 100)
-    spread_steps, spread = series(records, f'{key}_std', 100)
-    _, pixels = series(records, f'eval/{evaluator}/pixels_{metric}', 100)
-    name = metric.removeprefix('top1').strip('_').replace('_per_class', ' labels per class')
-    name = name.replace('_percent', ' % of labels')
-    _title(axis, f'{evaluator}, {name or "all labels"} (%)')
+def _measure(
+    axis: Any,
+    records: Sequence[Mapping[str, Any]],
+    key: str,
+    title: str,
+    unit: str,
+    colour: str,
+) -> None:
+    """One measure over the steps, with the baseline and the untrained encoder to compare with."""
+    path, _, metric = key.rpartition('/')
+    scale = 100 if unit == '%' else 1
+    steps, values = series(records, key, scale)
+    spread_steps, spread = series(records, f'{key}_std', scale)
+    _, baseline = series(records, f'{path}/baseline_{metric}', scale)
+    _title(axis, f'{title} ({unit})' if unit else title)
     if len(spread) and np.array_equal(steps, spread_steps):
         axis.fill_between(steps, values - spread, values + spread, color=colour, alpha=0.15, lw=0)
     axis.plot(steps, values, 'o-', color=colour, lw=1.8, ms=4, clip_on=False)
-    if len(pixels):
-        axis.axhline(pixels[-1], color=INK, ls='--', lw=1.1, label=f'raw pixels {pixels[-1]:.1f}')
+    if len(baseline):
+        label = f'baseline {baseline[-1]:.1f}'
+        axis.axhline(baseline[-1], color=INK, ls='--', lw=1.1, label=label)
     if len(values) and steps[0] == 0:
         axis.axhline(values[0], color=GREY, ls='--', lw=1.1, label=f'untrained {values[0]:.1f}')
     if len(values):

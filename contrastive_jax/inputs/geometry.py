@@ -113,7 +113,7 @@ def center_crop_resize(
     return np.asarray(Image.fromarray(image).resize((size, size), resample, box=box))
 
 
-def crop_options(crop: Mapping[str, Any], where: str = 'config.data.crop') -> dict[str, Any]:
+def crop_options(crop: Mapping[str, Any], where: str = 'config.inputs.crop') -> dict[str, Any]:
     """The keywords of random_resized_crop that a config sets, checked before any thread starts.
 
     Args:

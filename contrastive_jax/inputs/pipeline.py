@@ -1,11 +1,11 @@
 """Sources to batches with grain: deterministic in (seed, position), the same on any host count.
 
-Dimension key: B global batch, b rows of one process, V views, L local views, H W image, N records.
+Dimension key: B global batch, b rows of one process, T tokens, N records.
 
 Position g = 0, 1, 2, ... runs over the rows of all global batches: batch j holds positions
 [j·B, (j+1)·B). Epoch g // N visits the records in the order of a permutation keyed by (seed, epoch)
-and the crops of a row are keyed by (seed, g). Nothing else enters, so a position's row is the same
-for every process count, thread count and restart.
+and what is drawn for a row is keyed by (seed, g). Nothing else enters, so a position's row is the
+same for every process count, thread count and restart.
 """
 
 import functools
@@ -16,16 +16,16 @@ from typing import Any
 
 import grain
 import numpy as np
-from PIL import Image
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import BadRecord, Record, Source
+from contrastive_jax.data import BadRecord, Source
 from contrastive_jax.data.bad_records import BadRecords
-from contrastive_jax.inputs import geometry
+from contrastive_jax.inputs import INDEX, Transform, empty, scalar
 
 # Rows that one thread builds at a time: few enough that a large batch of photographs is spread
 # over the threads, many enough that grain's cost of 50 to 100 µs an element disappears.
 CHUNK = 64
+SMALL_RECORD = 64 * 64 * 3  # bytes; threads that make rows of smaller ones contend for the GIL
 
 
 class BatchIterator(grain.DatasetIterator):
@@ -46,6 +46,15 @@ class BatchIterator(grain.DatasetIterator):
             return parts[0]
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
+    def next(self, state: Any) -> dict[str, np.ndarray]:
+        """The next batch. A feed that acts in an environment looks at the state; this one does not.
+
+        Args:
+            state: the TrainState before the step that the batch is for.
+        """
+        del state
+        return next(self)
+
     def get_state(self) -> dict[str, Any]:
         return {'next_batch': self._next}
 
@@ -59,100 +68,76 @@ class BatchIterator(grain.DatasetIterator):
 
 def train_iterator(
     source: Source,
+    transform: Transform,
     *,
     batch_size: int,
-    views: int,
-    image_size: int,
-    crop: Mapping[str, Any],
     seed: int,
     bad: BadRecords,
-    local_views: int = 0,
-    local_size: int = 96,
-    local_scale: Sequence[float] = (0.05, 0.4),
-    tokenize: Callable[[Sequence[str]], np.ndarray] | None = None,
     process_index: int = 0,
     process_count: int = 1,
     threads: int | None = None,
 ) -> BatchIterator:
-    """An endless stream of batches of random crops, reshuffled every epoch, checkpointable.
+    """An endless stream of training batches, reshuffled every epoch, checkpointable.
 
     A record that cannot be used is registered in `bad` and replaced by the next one that can.
 
     Args:
         source: N records, N >= batch_size.
+        transform: makes the rows.
         batch_size: B, over all processes.
-        views: V, crops of each image.
-        image_size: H = W of a crop, pixels.
-        crop: keywords of geometry.random_resized_crop: scale, ratio, interpolation, flip.
         seed: an integer, 0 to 2**64 - 1.
         bad: the register.
-        local_views: L, further crops of each image (multi-crop, Caron et al. 2020,
-            arXiv:2006.09882, section 3.2). They are drawn after the others, which stay the same.
-        local_size: h = w of these, pixels.
-        local_scale: smallest and largest share of the area of these; the rest is as `crop` says.
-        tokenize: n texts to [n, T] int32; None: captions are not read. Of the captions of an image
-            one is drawn, after its crops, which stay the same.
         process_index: this process; it yields rows [index·b, (index+1)·b) of every global batch.
         process_count: b = batch_size / process_count.
-        threads: that decode and crop; 0 works in the caller's thread. None: 1 for records of at
-            most 64 × 64 pixels, where more only contend for the GIL, else one a core.
+        threads: that make rows; 0 works in the caller's thread. None: 1 for records of at most
+            SMALL_RECORD bytes, else one a core.
 
     Returns:
-        A grain.DatasetIterator of {'views': [b, V, H, W, 3] uint8, 'label': [b] int32 (-1 where
-        there is none), 'index': [b] int32 the record used}, with L > 0 'local_views':
-        [b, L, h, w, 3] uint8, and with `tokenize` 'text': [b, T] int32. `get_state`, `set_state`
-        and `start_prefetch` as grain's; `close` ends its threads.
+        A grain.DatasetIterator of `inputs.batch_shapes`: the transform's arrays [b, ...], every
+        label of the source, [b] int32, -1 where there is none, and 'index': [b] int32, the record
+        used. `get_state`, `set_state` and `start_prefetch` as grain's; `close` ends its threads.
 
     Raises:
-        UserError: fewer records than a batch, a batch that does not divide by the processes, seed,
-            crop options or local views out of range; while iterating, too many bad records.
+        UserError: fewer records than a batch, a batch that does not divide by the processes, seed
+            out of range; while iterating, too many bad records.
     """
     count = len(source)
     if count < batch_size:
         raise UserError(
-            f'config.batch_size: got {batch_size}, but the training split has {count} images; '
+            f'config.batch_size: got {batch_size}, but the training split has {count} records; '
             f'expected at most {count}.'
         )
     if not 0 <= seed < 2**64:
         raise UserError(f'config.seed: got {seed}, expected 0 to 2**64 - 1.')
-    for name, value, least in (('local_views', local_views, 0), ('local_size', local_size, 1)):
-        if value < least:
-            raise UserError(f'config.data.{name}: got {value}, expected at least {least}.')
     local = _local_rows(batch_size, process_count)
-    options = geometry.crop_options(crop)
-    scale = geometry.span(local_scale, 1.0, 'config.data.local_scale')
-    local_options = {**options, 'scale': scale}
     chunk = _divisor(local, CHUNK)
+    labels = tuple(source.classes)
+    shapes = {**transform.shapes, **{name: scalar() for name in (*labels, INDEX)}}
+
+    def made(position: int) -> Mapping[str, Any]:
+        """The position's row: of its record, or of the next one in the source that can be used."""
+        epoch, place = divmod(position, count)
+        first = int(order((seed, epoch), count)[place])
+        for hop in range(count):
+            index = (first + hop) % count
+            try:
+                record: Any = source[index]
+                key = np.array([seed, position], np.uint64)
+                row = transform.host(record, np.random.Generator(np.random.Philox(key=key)))
+            except BadRecord as reason:
+                bad.add(source.describe(index), str(reason))
+                continue
+            numbers = {**{name: record[name] for name in labels}, INDEX: index}
+            return {**row, **{name: np.int32(x) for name, x in numbers.items()}}
+        raise UserError(f'none of the {count} records can be used.')
 
     def rows(j: int) -> dict[str, np.ndarray]:
         batch, part = divmod(j, local // chunk)
         start = batch * batch_size + process_index * local + part * chunk
-        views_bVHWC = np.empty((chunk, views, image_size, image_size, 3), np.uint8)
-        local_bLHWC = np.empty((chunk, local_views, local_size, local_size, 3), np.uint8)
-        label_b, index_b = np.empty(chunk, np.int32), np.empty(chunk, np.int32)
-        texts: list[str] = []
-        for row, position in enumerate(range(start, start + chunk)):
-            epoch, place = divmod(position, count)
-            index, record = _usable(source, int(_order(seed, epoch, count)[place]), bad)
-            rng = np.random.Generator(np.random.Philox(key=np.array([seed, position], np.uint64)))
-            picture = Image.fromarray(record['image'])
-            for view in range(views):
-                views_bVHWC[row, view] = geometry.random_resized_crop(
-                    picture, rng, image_size, **options
-                )
-            for view in range(local_views):
-                local_bLHWC[row, view] = geometry.random_resized_crop(
-                    picture, rng, local_size, **local_options
-                )
-            label_b[row], index_b[row] = record['label'], index
-            if tokenize:
-                captions = record.get('captions', [])
-                texts.append(captions[rng.integers(len(captions))])
-        found = {'views': views_bVHWC, 'label': label_b, 'index': index_b}
-        if local_views:
-            found['local_views'] = local_bLHWC
-        if tokenize:
-            found['text'] = tokenize(texts)
+        found = empty(shapes, chunk)
+        for i, position in enumerate(range(start, start + chunk)):
+            for name, x in made(position).items():
+                found[name][i] = x
         return found
 
     return _batches(rows, 2**48, local // chunk, _threads(source, threads))
@@ -160,12 +145,10 @@ def train_iterator(
 
 def eval_batches(
     source: Source,
+    transform: Transform,
     *,
     batch_size: int,
-    image_size: int,
     bad: BadRecords,
-    crop_fraction: float = 1.0,
-    interpolation: str = 'bicubic',
     process_index: int = 0,
     process_count: int = 1,
     threads: int | None = None,
@@ -174,45 +157,43 @@ def eval_batches(
 
     Args:
         source: N records.
+        transform: makes the rows.
         batch_size: B, over all processes.
-        image_size: H = W, pixels.
         bad: the register of records that cannot be used.
-        crop_fraction: see geometry.center_crop_resize.
-        interpolation: 'bicubic' or 'bilinear'.
         process_index: this process; it yields rows [index·b, (index+1)·b) of every global batch.
         process_count: b = batch_size / process_count.
         threads: as in `train_iterator`.
 
     Yields:
-        {'image': [b, H, W, 3] uint8, 'label': [b] int32, 'mask': [b] float32}, ceil(N / B) times.
-        Padding and bad records have mask 0, label -1 and black pixels.
+        The transform's arrays [b, ...], every label of the source, [b] int32, and 'mask': [b]
+        float32, ceil(N / B) times. Padding and bad records have mask 0, labels -1 and zeros.
 
     Raises:
         UserError: a batch that does not divide by the processes; too many bad records.
     """
     local = _local_rows(batch_size, process_count)
-    geometry.crop_options({'interpolation': interpolation})
-    if not 0 < crop_fraction <= 1:
-        raise UserError(f'crop_fraction: got {crop_fraction}, expected a share in (0, 1].')
     chunk = _divisor(local, CHUNK)
     batches = math.ceil(len(source) / batch_size)
+    labels = tuple(source.classes)
+    no_draws: Any = None
 
     def rows(j: int) -> dict[str, np.ndarray]:
         batch, part = divmod(j, local // chunk)
         start = batch * batch_size + process_index * local + part * chunk
-        image_bHWC = np.zeros((chunk, image_size, image_size, 3), np.uint8)
-        label_b, mask_b = np.full(chunk, -1, np.int32), np.zeros(chunk, np.float32)
-        for row, index in enumerate(range(start, min(start + chunk, len(source)))):
+        found = empty(transform.shapes, chunk)
+        found |= {name: np.full(chunk, -1, np.int32) for name in labels}
+        mask_b = np.zeros(chunk, np.float32)
+        for i, index in enumerate(range(start, min(start + chunk, len(source)))):
             try:
-                record = source[index]
+                record: Any = source[index]
+                row = transform.host(record, no_draws)
             except BadRecord as reason:
                 bad.add(source.describe(index), str(reason))
                 continue
-            image_bHWC[row] = geometry.center_crop_resize(
-                record['image'], image_size, crop_fraction, interpolation
-            )
-            label_b[row], mask_b[row] = record['label'], 1
-        return {'image': image_bHWC, 'label': label_b, 'mask': mask_b}
+            for name, x in {**row, **{name: record[name] for name in labels}}.items():
+                found[name][i] = x
+            mask_b[i] = 1
+        return {**found, 'mask': mask_b}
 
     per_batch = local // chunk
     iterator = _batches(rows, batches * per_batch, per_batch, _threads(source, threads))
@@ -244,8 +225,8 @@ def text_batches(
         process_count: b = batch_size / process_count.
 
     Yields:
-        {'text': [b, T] int32, 'label': [b] int32, all -1, 'mask': [b] float32}, ceil(M / B) times.
-        Padding has mask 0 and the ids of the empty text.
+        {'text': [b, T] int32, 'mask': [b] float32}, ceil(M / B) times. Padding has mask 0 and the
+        ids of the empty text.
     """
     local = _local_rows(batch_size, process_count)
     for batch in range(0, len(texts), batch_size):
@@ -253,7 +234,7 @@ def text_batches(
         some = list(texts[start : min(start + local, len(texts))])
         mask_b = (np.arange(local) < len(some)).astype(np.float32)
         ids_bT = tokenize([*some, *[''] * (local - len(some))])
-        yield {'text': ids_bT, 'label': np.full(local, -1, np.int32), 'mask': mask_b}
+        yield {'text': ids_bT, 'mask': mask_b}
 
 
 def _batches(
@@ -266,22 +247,11 @@ def _batches(
     return BatchIterator(iter(dataset), per_batch)
 
 
-def _usable(source: Source, index: int, bad: BadRecords) -> tuple[int, Record]:
-    """The record, or the next one in the source that can be used."""
-    for hop in range(len(source)):
-        found = (index + hop) % len(source)
-        try:
-            return found, source[found]
-        except BadRecord as reason:
-            bad.add(source.describe(found), str(reason))
-    raise UserError(f'none of the {len(source)} records can be used.')
-
-
 @functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """[N] int32: the records in the order of an epoch."""
+def order(seed: tuple[int, ...], count: int) -> np.ndarray:
+    """[count] int32: the records in the order of an epoch, which the seed's last number is."""
     # Not grain's shuffle: through its MapDataset an index costs 20 to 70 µs, as much as a crop.
-    return np.random.default_rng([seed, epoch]).permutation(np.arange(count, dtype=np.int32))
+    return np.random.default_rng(list(seed)).permutation(np.arange(count, dtype=np.int32))
 
 
 def _local_rows(batch_size: int, process_count: int) -> int:
@@ -301,14 +271,13 @@ def _divisor(number: int, most: int) -> int:
 def _threads(source: Source, threads: int | None) -> int:
     if threads is not None:
         return threads
-    pixels = 0
     for index in range(min(8, len(source))):
         try:
-            pixels = source[index]['image'].shape[0] * source[index]['image'].shape[1]
-            break
+            record: Any = source[index]
         except BadRecord:
             continue
-    if 0 < pixels <= 64 * 64:
-        return 1
+        if sum(getattr(x, 'nbytes', 0) for x in record.values()) <= SMALL_RECORD:
+            return 1
+        break
     allowed = getattr(os, 'sched_getaffinity', None)
     return min(32, len(allowed(0)) if allowed else os.cpu_count() or 1)

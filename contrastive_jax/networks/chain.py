@@ -115,7 +115,7 @@ def check_views(method: str, views_BVHWC: jax.Array, count: int) -> None:
     """Raises UserError unless there are `count` views of every image."""
     if views_BVHWC.shape[1] != count:
         raise UserError(
-            f'config.data.views: got {views_BVHWC.shape[1]}; {method} needs {count} an image.'
+            f'config.inputs.views: got {views_BVHWC.shape[1]}; {method} needs {count} an image.'
         )
 
 

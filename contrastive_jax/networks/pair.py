@@ -39,10 +39,8 @@ class Towers:
         """`(params, extra)` from 'views' and 'text'.
 
         Raises:
-            UserError: no texts; a frozen encoder whose features are not of the space's size.
+            UserError: a frozen encoder whose features are not of the space's size.
         """
-        if 'text' not in batch:
-            raise UserError('config.data.text: not set; this method needs images with captions.')
         keys = jax.random.split(key)
         params, stats = self.image.init(keys[0], batch['views'][:, 0])
         text, text_stats = self.text.init(keys[1], batch['text'])

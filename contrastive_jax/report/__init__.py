@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from contrastive_jax.config import defaults, flatten
 from contrastive_jax.workdir import checkpoint, environment, records
 
 
@@ -25,7 +26,8 @@ class Run(NamedTuple):
         environment: see `environment.record`; {} for runs that are older than it.
         bad: (record, reason) of what cannot be used of the data.
         parameters: how many are trained, '' if unknown.
-        views: views.png, if it is there.
+        measures: how to print evaluators' numbers.
+        shown: inputs.png (views.png of earlier versions), if it is there.
         pictures: folder ('step_200', 'pixels') -> '<evaluator>_<name>' -> PNG.
         newest: the folder of the newest step, '' where there is none.
     """
@@ -34,10 +36,11 @@ class Run(NamedTuple):
     workdir: str
     config: dict[str, Any]
     records: list[dict[str, Any]]
+    measures: dict[str, tuple[str, str]]
     environment: dict[str, Any]
     bad: list[tuple[str, str]]
     parameters: str
-    views: bytes | None
+    shown: bytes | None
     pictures: dict[str, dict[str, bytes]]
     newest: str
 
@@ -70,23 +73,25 @@ def read(workdirs: Sequence[str]) -> list[Run]:
 def _read(name: str, workdir: str) -> Run:
     path = epath.Path(workdir)
     given = checkpoint.read(workdir)
-    config = checkpoint.defaults() | checkpoint.flatten(given)
+    config = defaults() | flatten(given)
     # Named without options: flattened, nothing would be left of them.
-    for key in ('augment', 'evals'):
-        config |= {f'{key}.{name}': {} for name, how in given.get(key, {}).items() if not how}
+    named = {'evals': given.get('evals', {}), 'inputs.augment': given['inputs'].get('augment', {})}
+    for key, options in named.items():
+        config |= {f'{key}.{name}': {} for name, how in options.items() if not how}
     total = re.search(r'Total: ([\d,]+)', _text(path / 'parameters.txt'))
     pictures = _pictures(path / 'pictures')
     steps = [int(found[1]) for f in pictures if (found := re.fullmatch(r'step_(\d+)', f))]
-    views = path / 'views.png'
+    shown = next((p for n in ('inputs.png', 'views.png') if (p := path / n).exists()), None)
     return Run(
         name,
         str(workdir),
         config,
         records.read(workdir),
+        records.described(workdir),
         environment.read(workdir),
         _bad(_text(path / 'bad_records.jsonl')),
         total[1] if total else '',
-        views.read_bytes() if views.exists() else None,
+        shown.read_bytes() if shown else None,
         pictures,
         f'step_{max(steps)}' if steps else '',
     )

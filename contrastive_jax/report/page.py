@@ -12,7 +12,7 @@ from contrastive_jax.report import Run, results, settings, tables
 from contrastive_jax.report.markup import Html, join, tag
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-BEFORE = {'pixels': 'raw pixels', 'step_0': 'untrained'}
+BEFORE = {'pixels': 'baseline', 'step_0': 'untrained'}
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -93,8 +93,9 @@ def _steps(run: Run) -> str:
 
 
 def _speed(run: Run) -> str:
-    found = [r['train/images_per_second'] for r in run.records if r.get('train/images_per_second')]
-    return f'{statistics.median(found):,.0f} images/s' if found else ''
+    speeds = (record.get('train/examples_per_second') for record in run.records)
+    found = [speed for speed in speeds if speed]
+    return f'{statistics.median(found):,.0f} examples/s' if found else ''
 
 
 def _devices(run: Run) -> str:
@@ -107,8 +108,8 @@ def _devices(run: Run) -> str:
 
 def _pictures(runs: Sequence[Run]) -> Html | None:
     parts = []
-    if any(run.views for run in runs):
-        drawn = [(tables.label(runs, i), run.views) for i, run in enumerate(runs) if run.views]
+    if any(run.shown for run in runs):
+        drawn = [(tables.label(runs, i), run.shown) for i, run in enumerate(runs) if run.shown]
         said = 'What the encoder was shown of the first images: the augmented views of each.'
         parts += [tag('h3', 'Views'), tag('p', said), _side_by_side(drawn)]
     keys = dict.fromkeys(key for run in runs for key in run.pictures.get(run.newest, ()))

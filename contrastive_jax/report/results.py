@@ -12,16 +12,17 @@ from contrastive_jax.workdir import records
 def evaluations(runs: Sequence[Run]) -> Html | None:
     found = [records.evaluations(run.records) for run in runs]
     keys = list(dict.fromkeys(key for of_run in found for key in of_run))
-    titles = records.titles(keys)
+    measures = {key: about for run in runs for key, about in run.measures.items()}
+    titles = {key: measures[key] for key in keys if measures.get(key, ('', ''))[0]}
     others = [k for k in keys if k not in titles and _spread_of(k) not in titles]
     if not keys:
         return None
     parts = []
     if titles:
-        said = 'Accuracies and recalls (%) on held-out images; frozen unless fine-tuned.'
+        said = 'On held-out records, in % unless another unit is given; frozen unless fine-tuned.'
         rows = [
-            [title, *_values(found, key, lambda x: f'{100 * x:.1f}')]
-            for key, title in titles.items()
+            [records.row_title(*about), *_values(found, key, _printer(about[1]))]
+            for key, about in titles.items()
         ]
         parts += [tag('p', said), _grouped(runs, rows)]
     if others:
@@ -29,6 +30,10 @@ def evaluations(runs: Sequence[Run]) -> Html | None:
         table = _grouped(runs, rows)
         parts += [tag('h3', 'Other measures'), table] if titles else [table]
     return join(parts)
+
+
+def _printer(unit: str) -> Callable[[float], str]:
+    return lambda value: records.printed(value, unit)
 
 
 def _spread_of(key: str) -> str:
@@ -62,7 +67,7 @@ def _values(
 
 
 def _grouped(runs: Sequence[Run], rows: Sequence[Sequence[Any]]) -> Html:
-    """A table with metrics.COLUMNS for every run."""
+    """A table with records.COLUMNS for every run."""
     count = len(records.COLUMNS)
     names = [
         tag('th', name, class_='number first' if i == 0 else 'number')
@@ -90,7 +95,7 @@ def _spoken(key: str) -> str:
 def over_steps(runs: Sequence[Run]) -> Html | None:
     of_accuracies: dict[str, str] = {}
     for run in runs:
-        for keys in curves.accuracies(run.records).values():
+        for keys in curves.drawn(run.records, run.measures).values():
             of_accuracies |= {key: '' for key in keys}
     first = ['train/loss', 'train/learning_rate', *of_accuracies]
     every = dict.fromkeys(key for run in runs for record in run.records for key in record)
@@ -112,14 +117,14 @@ def over_steps(runs: Sequence[Run]) -> Html | None:
 
 def _hidden(key: str) -> bool:
     metric = key.split('/', 2)[-1]
-    return metric.startswith(records.PIXELS) or metric.endswith('_std') or '/' in metric
+    return metric.startswith(records.BASELINE) or metric.endswith('_std') or '/' in metric
 
 
 def _chart(runs: Sequence[Run], key: str) -> Html | None:
     """A metric over the steps of all runs that have it; accuracies in per cent."""
     short = key.split('/', 1)[1]
-    title = records.titles([short]).get(short) if key.startswith('eval/') else None
-    scale = 100 if title else 1
+    title, unit = next((run.measures[short] for run in runs if short in run.measures), ('', ''))
+    scale = 100 if unit == '%' else 1
     lines, baseline = [], None
     for i, run in enumerate(runs):
         steps, values = curves.series(run.records, key, scale)
@@ -128,11 +133,12 @@ def _chart(runs: Sequence[Run], key: str) -> Html | None:
             lines.append(charts.Line(name, tables.colour(i), steps, values))
         if title and not baseline:
             evaluator, metric = short.split('/', 1)
-            pixels = f'eval/{evaluator}/{records.PIXELS}{metric}'
-            _, values = curves.series(run.records, pixels, scale)
-            baseline = ('raw pixels', float(values[-1])) if len(values) else None
+            first = f'eval/{evaluator}/{records.BASELINE}{metric}'
+            _, values = curves.series(run.records, first, scale)
+            baseline = ('baseline', float(values[-1])) if len(values) else None
     # A value that was measured once has no curve.
     if not lines or max(len(line.steps) for line in lines) < 2:
         return None
-    name = f'{title} (%)' if title else short.replace('/', ', ').replace('_', ' ')
+    said = f'{title} ({unit})' if unit else title
+    name = said or short.replace('/', ', ').replace('_', ' ')
     return charts.chart(name, lines, baseline)

@@ -3,19 +3,19 @@
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from contrastive_jax.config import defaults
 from contrastive_jax.report import Run, tables
 from contrastive_jax.report.markup import Html, join, tag
-from contrastive_jax.workdir import checkpoint
 
 LISTED = 40  # classes and bad records that are shown
 _ABSENT = object()
 
 
 def configuration(runs: Sequence[Run]) -> Html:
-    base = checkpoint.defaults()
+    base = defaults()
     keys = dict.fromkeys(key for run in runs for key in run.config)
     # 'evals.tsne' without options in one run is not worth a row where another has some.
     keys = [key for key in keys if not any(other.startswith(f'{key}.') for other in keys)]
@@ -99,13 +99,24 @@ def data(runs: Sequence[Run]) -> Html:
     return tables.table(tables.heads(runs), rows, 'facts')
 
 
-def _classes(names: Sequence[str] | None) -> Any:
-    if names is None:
+def _classes(found: Mapping[str, Sequence[str]] | Sequence[str] | None) -> Any:
+    if found is None:
         return 'not recorded'
-    if not names:
+    if not found:
         return 'no labels'
+    # Earlier versions knew one label.
+    labels = found if isinstance(found, Mapping) else {'label': found}
+    return join(
+        *(
+            tag('div', f'{name}, ' if len(labels) > 1 else '', *_names(names))
+            for name, names in labels.items()
+        )
+    )
+
+
+def _names(names: Sequence[str]) -> list[Any]:
     more = f' and {len(names) - LISTED:,} more' if len(names) > LISTED else ''
-    return join(f'{len(names):,}: ', tag('small', ', '.join(names[:LISTED]) + more))
+    return [f'{len(names):,}: ', tag('small', ', '.join(names[:LISTED]) + more)]
 
 
 def _bad(run: Run) -> Any:

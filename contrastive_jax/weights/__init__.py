@@ -28,15 +28,15 @@ from contrastive_jax.weights.files import SUFFIXES, File, is_file
 
 KEY = 'contrastive_jax'  # of our own files' metadata
 TOWERS = ('image', 'image_projection', 'text', 'text_projection', 'similarity')
-# What of config.data an encoder needs to see pictures as it did in training.
-SEEING = ('image_size', 'mean', 'std', 'crop_fraction')
+# Of config.inputs: an encoder needs these to see images as it did in training.
+SEEING = ('size', 'mean', 'std', 'crop_fraction')
 
 
 class Weights(NamedTuple):
     """An encoder of images, maybe with one of texts.
 
     Attributes:
-        config: 'model', 'text' ({} without) and of 'data' what it needs to see its inputs.
+        config: 'model', 'text' ({} without) and of 'inputs' what it needs to see.
         encoders: as `Method.encoders`.
         origin: the file's or the run's name.
         tokenizer: (file name, content) of the vocabulary; None: there is none.
@@ -80,19 +80,19 @@ def read(
     texts = families.text_options(family, file.shapes, said.text)
     _check_heads(file.origin, options, texts)
     data = {**families.seeing(family, options), **said.data}
-    if 'image_size' not in data or image_size:
-        data['image_size'] = image_size or _native(file, family, options)
+    if 'size' not in data or image_size:
+        data['size'] = image_size or _native(file, family, options)
     if data.get('interpolation') not in ('bicubic', 'bilinear'):
         data['interpolation'] = 'bicubic'
 
     arrays: Mapping[str, Any] = file
     if 'depth' in options:
-        arrays = _with_positions(file, family, options, data['image_size'])
+        arrays = _with_positions(file, family, options, data['size'])
     found: dict[str, dict[str, np.ndarray]] = {}
     report = names.Report(file.origin, family.name)
     image = config_lib.build('models', options, 'model')
     table = families.rows(family, options)
-    pixels = jnp.zeros((1, data['image_size'], data['image_size'], 3))
+    pixels = jnp.zeros((1, data['size'], data['size'], 3))
     found['image'] = report.read(table, arrays, _shapes_of(image, pixels))
     if texts:
         spec = dict(texts)
@@ -122,11 +122,21 @@ def read(
     where = f'by {", ".join(said.files)}' if said.files else 'as is usual for its kind'
     logging.info(
         '%s: images of %d pixels, mean %s, std %s, %s (%s); of others the centre square',
-        *(file.origin, data['image_size'], data['mean'], data['std'], data['interpolation'], where),
+        *(file.origin, data['size'], data['mean'], data['std'], data['interpolation'], where),
     )
     beside_it = beside.tokenizer(epath.Path(path)) if texts else None
     content = (beside_it.name, beside_it.read_bytes()) if beside_it else None
     return Weights(config, {k: _trees(v) for k, v in found.items()}, file.origin, content)
+
+
+def read_for(config: Config) -> Weights:
+    """The encoder in the file that config.init_from names, for what config.inputs shows.
+
+    Raises:
+        UserError: see `read`.
+    """
+    inputs = config.inputs
+    return read(config.init_from, image_size=inputs.get('view_size') or inputs.get('size'))
 
 
 def _names(family: families.Family, prefix: str) -> Callable[[str], str | None]:
@@ -254,25 +264,26 @@ def _config(
 ) -> Config:
     config = config_lib.base()
     config.model = dict(model)
-    for key in SEEING:
-        if key in data:
-            config.data[key] = data[key]
-    config.data.crop.interpolation = data['interpolation']
+    config.inputs = config_lib.images()
+    config.inputs.update({key: data[key] for key in SEEING if key in data})
+    config.inputs.crop.interpolation = data['interpolation']
     if texts:
         sizes = {key: texts[key] for key in ('vocabulary', 'length')}
         config.text = {k: v for k, v in texts.items() if k not in sizes}
-        config.data.text = {'tokenizer': '', **sizes, 'lower': False}
+        reads = {'tokenizer': '', **sizes, 'lower': False}
+        config.inputs.update({'name': 'captions', 'text': reads})
     return config
 
 
 def _ours(file: File, image_size: int | None, model: Mapping[str, Any]) -> Weights:
-    said = json.loads(file.metadata[KEY])
+    said = config_lib.updated(json.loads(file.metadata[KEY]))
     config = config_lib.base()
     config.update({'model': said['model'] | dict(model), 'text': said['text']})
-    with config.unlocked():
-        config.data.update(said['data'])
+    config.inputs = config_lib.images()
+    with config.inputs.unlocked():
+        config.inputs.update(said['inputs'])
     if image_size:
-        config.data.image_size = image_size
+        config.inputs.size = image_size
     encoders = {}
     for tower in TOWERS:
         found: list[Tree] = []
@@ -291,14 +302,14 @@ def _ours(file: File, image_size: int | None, model: Mapping[str, Any]) -> Weigh
 
 def described(weights: Weights) -> dict[str, Any]:
     """What of a config an encoder is and how it sees, as JSON can hold it."""
-    data = weights.config.data
-    seeing = {key: data[key] for key in SEEING}
-    seeing['crop'] = {'interpolation': data.crop.interpolation}
+    inputs = weights.config.inputs
+    seeing = {key: inputs[key] for key in SEEING}
+    seeing['crop'] = {'interpolation': inputs.crop.interpolation}
     texts = weights.config.text.to_dict() if 'text' in weights.encoders else {}
     if texts:
-        seeing['text'] = data.text.to_dict()
+        seeing |= {'name': 'captions', 'text': inputs.text.to_dict()}
     return json.loads(
-        json.dumps({'model': weights.config.model.to_dict(), 'text': texts, 'data': seeing})
+        json.dumps({'model': weights.config.model.to_dict(), 'text': texts, 'inputs': seeing})
     )
 
 
@@ -324,7 +335,7 @@ def encoder(weights: Weights) -> tuple[Encode, tuple[Tree, Tree]]:
     networks: dict[str, Network] = {}
     params: dict[str, Tree] = {}
     extra: dict[str, Tree] = {}
-    sizes = {key: config.data.text[key] for key in ('vocabulary', 'length') if config.text}
+    sizes = {key: config.inputs.text[key] for key in ('vocabulary', 'length') if config.text}
     for tower, spec, more in (('image', config.model, {}), ('text', config.text, sizes)):
         if tower not in found:
             continue
@@ -366,6 +377,6 @@ def tokenizer(weights: Weights) -> text.Tokenizer:
         raise UserError(
             f'{weights.origin}: there is no vocabulary beside it; expected one of {expected}.'
         )
-    d = weights.config.data.text
+    d = weights.config.inputs.text
     name, content = weights.tokenizer
     return text.read_tokenizer(name, content, length=d.length, lower=d.lower)

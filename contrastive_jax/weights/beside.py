@@ -25,7 +25,7 @@ OPENAI_TOKENIZER = 'bpe_simple_vocab_16e6.txt.gz'
 
 
 class Settings(NamedTuple):
-    """Options of the image and the text encoder, keys of `config.data`, and who said so."""
+    """Options of the image and the text encoder, keys of `config.inputs`, and who said so."""
 
     model: dict[str, Any]
     text: dict[str, Any]
@@ -96,10 +96,10 @@ def _preprocessor(data: dict[str, Any], said: Mapping[str, Any]) -> None:
     crop = {'height': crop} if isinstance(crop, int) else crop or {}
     side = size.get('shortest_edge', size.get('height'))
     if said.get('do_center_crop') and crop.get('height'):
-        data['image_size'] = crop['height']
+        data['size'] = crop['height']
         data['crop_fraction'] = min(1.0, crop['height'] / (side or crop['height']))
     elif side:
-        data |= {'image_size': side, 'crop_fraction': 1.0}
+        data |= {'size': side, 'crop_fraction': 1.0}
         if pct := said.get('crop_pct'):
             data['crop_fraction'] = pct
     if said.get('resample') in RESAMPLE:
@@ -116,7 +116,7 @@ def _timm(found: Settings, said: Mapping[str, Any]) -> None:
         if theirs in cfg
     }
     if size := cfg.get('input_size'):
-        data['image_size'] = size[-1]
+        data['size'] = size[-1]
     if 'quickgelu' in str(said.get('architecture')):
         found.model['activation'] = 'quick_gelu'
     if args.get('act_layer') in ACTIVATIONS:

@@ -26,8 +26,8 @@ def make(found: weights.Weights, pixels: str = 'uint8') -> tuple[bytes, dict[str
     if importlib.util.find_spec('flatbuffers') is None:
         raise UserError('stablehlo: needs flatbuffers: pip install flatbuffers')
     encode, (params, extra) = weights.encoder(found)
-    d = found.config.data
-    mean, std, size = tuple(d.mean), tuple(d.std), d.image_size
+    d = found.config.inputs
+    mean, std, size = tuple(d.mean), tuple(d.std), d.size
 
     def run(images: jax.Array) -> dict[str, jax.Array]:
         x = images.astype(jnp.float32)

@@ -36,7 +36,7 @@ def timm(weights: Weights) -> Files:
     make = {'vit': _timm_vit, 'resnet': _timm_resnet}
     convert = config_lib.choose('model', weights.config.model.name, make, 'timm')
     architecture, arguments, arrays = convert(module, params, size)
-    data = weights.config.data
+    data = weights.config.inputs
     seeing = {
         'mean': data.mean,
         'std': data.std,
@@ -121,14 +121,14 @@ def transformers(weights: Weights) -> Files:
         arrays = {**{f'{prefix}{k}': v for k, v in arrays.items()}, **texts[1]}
         if weights.tokenizer and weights.tokenizer[0].endswith('.json'):
             files['tokenizer.json'] = weights.tokenizer[1]
-    data = weights.config.data
-    side = round(data.image_size / data.crop_fraction)
+    data = weights.config.inputs
+    side = round(data.size / data.crop_fraction)
     files['preprocessor_config.json'] = {
         'image_processor_type': 'CLIPImageProcessor',
         'do_resize': True,
         'size': {'shortest_edge': side},
         'do_center_crop': True,
-        'crop_size': {'height': data.image_size, 'width': data.image_size},
+        'crop_size': {'height': data.size, 'width': data.size},
         'resample': {'bilinear': 2, 'bicubic': 3}[data.crop.interpolation],
         'do_rescale': True,
         'rescale_factor': 1 / 255,
@@ -237,7 +237,7 @@ def _hf_towers(
     scalars = names.flatten(found['similarity'][0]) if 'similarity' in found else {}
     if 'text' not in found or 'text_projection' not in found or 'logit_scale' not in scalars:
         return None
-    d = weights.config.data.text
+    d = weights.config.inputs.text
     sizes = {'vocabulary': d.vocabulary, 'length': d.length}
     module = config_lib.build('models', weights.config.text, 'text', **sizes)
     config = {
@@ -285,9 +285,9 @@ def _parts(weights: Weights) -> tuple[Any, Arrays, int]:
     for tree in (params, stats):
         flat |= {k: v.astype(np.float32) for k, v in names.flatten(tree).items()}
     flat.pop('mask_token', None)  # of no use without masks
-    size = weights.config.data.image_size
+    size = weights.config.inputs.size
     if 'position_embedding' in flat:  # learned on views, which may have another size
-        size = config_lib.view_size(weights.config.data)
+        size = weights.config.inputs.get('view_size') or size
     elif hasattr(module, 'position'):
         side = size // module.patch
         fixed = sincos2d(side, side, module.width)

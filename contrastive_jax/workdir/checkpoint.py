@@ -15,12 +15,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from contrastive_jax.config import UserError, base
+from contrastive_jax.config import ROLES, UserError, defaults, flatten, updated
 from contrastive_jax.state import TrainState
 
 CONFIG = 'config.json'
-# What a config may change between two starts in one workdir: none of these touches the training.
-FREE = ('log_every', 'checkpoint_every', 'keep', 'evals', 'eval_every', 'tensorboard')
 
 
 class Checkpoints:
@@ -154,7 +152,7 @@ def check(
 
     Args:
         workdir: its `config.json`, if there is one, says whose it is.
-        config: JSON-serialisable; keys in FREE may differ.
+        config: JSON-serialisable; keys whose role is 'free' may differ.
         must_exist: refuse a workdir without a run, too.
         free: further keys that may differ: 'data.root'.
 
@@ -170,7 +168,9 @@ def check(
         f'  config.{key}: there {theirs.get(key, "(not set)")!r}, '
         f'here {ours.get(key, "(not set)")!r}'
         for key in sorted(ours.keys() | theirs.keys())
-        if key.split('.')[0] not in FREE and key not in free and ours.get(key) != theirs.get(key)
+        if key.split('.')[0] not in ROLES['free']
+        and key not in free
+        and ours.get(key) != theirs.get(key)
     ]
     if differing:
         raise UserError(
@@ -181,7 +181,12 @@ def check(
 
 
 def read(workdir: str | os.PathLike) -> dict[str, Any]:
-    """The config that a workdir's run was started with.
+    """The config that a workdir's run was started with, in today's keys; raises as `written`."""
+    return updated(written(workdir))
+
+
+def written(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The content of a workdir's config.json, by whichever version.
 
     Raises:
         UserError: there is none, or it is not JSON.
@@ -195,11 +200,6 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f'{path}: not JSON ({error}); is this a workdir of ours?') from error
 
 
-def defaults() -> dict[str, Any]:
-    """Every key that no recipe needs to set, flat, with its value as JSON has it."""
-    return flatten(json.loads(json.dumps(base().to_dict())))
-
-
 def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
     """Writes the config into the workdir, which is created if missing."""
     path = epath.Path(workdir)
@@ -208,14 +208,3 @@ def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
         temporary = path / f'{CONFIG}.tmp'
         temporary.write_text(json.dumps(dict(config), indent=2) + '\n')
         temporary.replace(path / CONFIG)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f'{prefix}{key}.'))
-        else:
-            flat[f'{prefix}{key}'] = value
-    return flat

@@ -31,8 +31,8 @@ PACKAGES = (
 def record(workdir: str, splits: Mapping[str, Source]) -> None:
     """Adds this start to the file, and says what the data is. Only the first process writes.
 
-    {"data": {"splits": {name: records}, "classes": [...]}, "starts": [{"time", "command", "python",
-    "system", "packages", "devices", "processes", "git"}, ...]}; 'git' is the commit of the
+    {"data": {"splits": {name: records}, "classes": {label: [...]}}, "starts": [{"time", "command",
+    "python", "system", "packages", "devices", "processes", "git"}, ...]}; 'git' is the commit of the
     directory that the program was started in, with 'changed' where tracked files differ from it.
     """
     if jax.process_index() != 0:
@@ -50,7 +50,7 @@ def record(workdir: str, splits: Mapping[str, Source]) -> None:
     }
     data = {
         'splits': {name: len(source) for name, source in splits.items()},
-        'classes': list(splits['train'].classes),
+        'classes': splits['train'].classes,
     }
     found = {'data': data, 'starts': [*read(workdir).get('starts', ()), start]}
     path = epath.Path(workdir) / FILE

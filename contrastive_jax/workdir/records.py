@@ -4,9 +4,8 @@ import contextlib
 import importlib.util
 import json
 import math
-import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +14,14 @@ from etils import epath
 from contrastive_jax.config import UserError
 
 FILE = 'metrics.jsonl'
-PIXELS = 'pixels_'  # prefix of the raw-pixel baseline's metric names
-COLUMNS = ('raw pixels', 'untrained', 'trained')
+MEASURES = 'measures.json'
+BASELINE = 'baseline_'  # prefix of its metrics' names
+COLUMNS = ('baseline', 'untrained', 'trained')
+# Names of metrics in earlier versions.
+RENAMED = {'train/images_per_second': 'train/examples_per_second'}
+OLD_BASELINE = 'pixels_'
+
+Measures = Mapping[str, tuple[str, str]]
 
 
 class Writer:
@@ -89,11 +94,22 @@ def read(workdir: str) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise UserError(f'{path}, line {number}: not JSON ({error}).') from error
+            continue
+        records.append({_renamed(key): value for key, value in record.items()})
     return records
+
+
+def _renamed(key: str) -> str:
+    """A metric's name of today."""
+    if key.startswith('eval/'):
+        path, _, metric = key.rpartition('/')
+        if metric.startswith(OLD_BASELINE):
+            return f'{path}/{BASELINE}{metric.removeprefix(OLD_BASELINE)}'
+    return RENAMED.get(key, key)
 
 
 def append(path: epath.Path, line: str) -> None:
@@ -135,8 +151,8 @@ def _tensorboard(workdir: str) -> Any:
 class Progress:
     """Speed and time left.
 
-    Images per second are those of training alone: compilation (all up to the first step), and what
-    happens within `pause` (evaluation, checkpoints) do not count. The time left does include
+    Examples per second are those of training alone: neither compilation (all up to the first step)
+    counts nor what happens within `pause` (evaluation, checkpoints). The time left does include
     pauses, as many as there were so far.
     """
 
@@ -145,7 +161,7 @@ class Progress:
         Args:
             start: the step the run starts or continues at.
             total: the last step.
-            batch_size: images a step, over all devices.
+            batch_size: records a step, over all devices.
         """
         self._total, self._batch_size = total, batch_size
         self._step, self._origin = start, None
@@ -173,7 +189,7 @@ class Progress:
             self._paused += time.monotonic() - start
 
     def values(self) -> dict[str, float]:
-        """Images per second since the last call; nothing before the second step."""
+        """Examples per second since the last call; nothing before the second step."""
         if self._origin is None or self._step <= self._mark_step:
             return {}
         now = time.monotonic()
@@ -183,12 +199,12 @@ class Progress:
         # The whole run so far, because a single stretch may be exceptional.
         self._left = (self._total - self._step) * (now - self._time) / (self._step - self._origin)
         self._mark_time, self._mark_step, self._mark_paused = now, self._step, self._paused
-        return {'train/images_per_second': self._rate}
+        return {'train/examples_per_second': self._rate}
 
     def line(self, values: Mapping[str, float], bad: int = 0) -> str:
         """The log line of a step, after `values()`.
 
-        'step 300/2000  loss 3.412  lr 0.0012  812 images/s  1:42 left'
+        'step 300/2000  loss 3.412  lr 0.0012  812 examples/s  1:42 left'
 
         Args:
             values: metrics; 'train/loss' and 'train/learning_rate' are shown.
@@ -201,7 +217,7 @@ class Progress:
             parts.append(f'lr {values["train/learning_rate"]:.2g}')
         if self._rate is not None and self._left is not None:
             digits = 0 if self._rate >= 10 else 1
-            parts += [f'{self._rate:,.{digits}f} images/s', f'{_duration(self._left)} left']
+            parts += [f'{self._rate:,.{digits}f} examples/s', f'{_duration(self._left)} left']
         if bad:
             parts.append(f'{bad} bad records')
         return '  '.join(parts)
@@ -216,21 +232,43 @@ def _duration(seconds: float) -> str:
     return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 
-def summary(workdir: str, images: int) -> None:
-    """Prints the closing table of accuracies and recalls, and writes it to results.json.
+def describe(workdir: str, measures: Measures) -> None:
+    """Adds to `workdir/measures.json` how evaluators' numbers are to be printed.
+
+    Args:
+        workdir: of the run.
+        measures: '<evaluator>/<metric>' -> title, '' for a number that is in no table, and unit.
+    """
+    path = epath.Path(workdir) / MEASURES
+    both = described(workdir) | {key: tuple(value) for key, value in measures.items()}
+    temporary = path.with_name(f'{MEASURES}.tmp')
+    temporary.write_text(json.dumps(both, indent=1) + '\n')
+    temporary.replace(path)
+
+
+def described(workdir: str) -> dict[str, tuple[str, str]]:
+    """The content of measures.json; nothing where a run is older than that."""
+    path = epath.Path(workdir) / MEASURES
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return {key: (title, unit) for key, (title, unit) in found.items()}
+
+
+def summary(workdir: str, held_out: int) -> None:
+    """Prints the closing table of all measures that have a title, and writes it to results.json.
 
     Args:
         workdir: of a run with records of an evaluation.
-        images: held out.
+        held_out: records of the test split.
     """
     found = evaluations(read(workdir))
-    rows = {name: found[key] for key, name in titles(found).items()}
-    if not rows:
+    titled = {key: about for key, about in described(workdir).items() if about[0] and key in found}
+    if not titled:
         return
-    said = f'Accuracies and recalls (%) on {images} held-out images; frozen unless fine-tuned'
-    print(f'\n{said}\n')
-    print(table(rows, COLUMNS), flush=True)
-    results = {name: dict(zip(COLUMNS, values, strict=True)) for name, values in rows.items()}
+    # In the order of the evaluators.
+    keys = [key for key in found if key in titled]
+    print(f'\nOn {held_out} held-out records; % unless said otherwise, frozen unless fine-tuned\n')
+    print(table({titled[key]: found[key] for key in keys}, COLUMNS), flush=True)
+    results = {titled[key][0]: dict(zip(COLUMNS, found[key], strict=True)) for key in keys}
     (epath.Path(workdir) / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
 
 
@@ -250,57 +288,38 @@ def evaluations(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float | 
     # Evaluators that came later may have more to say of what is there.
     for key in sorted(names, key=lambda key: evaluators.index(key.split('/')[1])):
         _, evaluator, metric = key.split('/', 2)
-        if not metric.startswith(PIXELS):
-            pixels = first.get(f'eval/{evaluator}/{PIXELS}{metric}')
-            found[f'{evaluator}/{metric}'] = [pixels, first.get(key), last.get(key)]
+        if not metric.startswith(BASELINE):
+            baseline = first.get(f'eval/{evaluator}/{BASELINE}{metric}')
+            found[f'{evaluator}/{metric}'] = [baseline, first.get(key), last.get(key)]
     return found
 
 
-def titles(found: Iterable[str]) -> dict[str, str]:
-    """What the closing table calls the accuracies and recalls among '<evaluator>/<metric>'."""
-    found = list(found)
-    named: dict[str, str] = {}
-    for key in found:
-        evaluator, metric = key.split('/', 1)
-        pattern = rf'{re.escape(evaluator)}/.*top\d+_.*_(per_class|percent)'
-        few = any(re.fullmatch(pattern, k) for k in found)
-        if name := _row(evaluator, metric, few):
-            named[key] = name
-    return named
+def printed(value: float | None, unit: str) -> str:
+    """A number as tables show it.
 
-
-def _row(evaluator: str, metric: str, few: bool) -> str:
-    """What the closing table calls a metric, '' for one that is not in it.
-
-    `few`: whether the evaluator also has accuracies with few labels.
+    >>> printed(0.1234, '%'), printed(27.125, 'dB'), printed(None, '%')
+    ('12.3', '27.12', '–')
     """
-    if found := re.fullmatch(r'(\w+)_r(\d+)', metric):
-        return f'{evaluator}, {found[1].replace("_", " ")}, R@{found[2]}'
-    labels = r'(?:_(?P<n>\d+)_per_class|_(?P<share>[\d.]+)_percent)?'
-    if found := re.fullmatch(rf'(?:(?P<what>\w+)_)?top(?P<k>\d+){labels}', metric):
-        what = f', {found["what"]}' if found['what'] else ''
-        top = '' if found['k'] == '1' else f', top {found["k"]}'
-        labels = ', all labels' * few
-        if found['n']:
-            labels = f', {found["n"]} labels per class'
-        elif found['share']:
-            labels = f', {found["share"]} % of labels'
-        return f'{evaluator}{what}{top}{labels}'
-    names = {'accuracy': 'accuracy', 'nmi': 'NMI'}
-    return f'{evaluator}, {names[metric]}' if metric in names else ''
+    if value is None or not math.isfinite(value):
+        return '–'
+    return f'{100 * value:.1f}' if unit == '%' else f'{value:.4g}'
 
 
-def table(rows: Mapping[str, Sequence[float | None]], columns: Sequence[str]) -> str:
-    """Accuracies as text, in per cent.
+def row_title(title: str, unit: str) -> str:
+    """A title with its unit, which is not said of per cents."""
+    return f'{title} ({unit})' if unit not in ('', '%') else title
+
+
+def table(rows: Mapping[tuple[str, str], Sequence[float | None]], columns: Sequence[str]) -> str:
+    """Measures as text.
 
     Args:
-        rows: name -> one fraction in [0, 1] a column, None where there is none.
+        rows: (title, unit) -> one number a column, None where there is none.
         columns: their names.
     """
     cells = [['', *columns]]
-    for name, values in rows.items():
-        shown = ['–' if v is None or not math.isfinite(v) else f'{100 * v:.1f}' for v in values]
-        cells.append([name, *shown])
+    for (title, unit), values in rows.items():
+        cells.append([row_title(title, unit), *(printed(v, unit) for v in values)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()

@@ -18,7 +18,7 @@ from typing import Any
 from absl import logging
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import BadRecord, Record, Source, reject_argument, with_test
+from contrastive_jax.data import BadRecord, Record, Source, labelled, reject_argument, with_test
 from contrastive_jax.data.decode import decode
 from contrastive_jax.data.sources import folder
 
@@ -42,7 +42,7 @@ class ArrayRecords:
         # Lazily: grain costs 1 to 2 s, which whoever only packs or lists need not pay twice.
         from grain.sources import ArrayRecordDataSource
 
-        self.classes, self.name = classes, name
+        self.classes, self.name, self._count = labelled(classes), name, len(classes)
         try:
             self._records: Any = ArrayRecordDataSource(list(paths))
             self._count = len(self._records)
@@ -64,8 +64,8 @@ class ArrayRecords:
             raise BadRecord(f'damaged record: {type(error).__name__}: {error}') from error
         if not self.classes:
             label = -1
-        elif not 0 <= label < len(self.classes):
-            raise BadRecord(f'label {label} is not one of the {len(self.classes)} classes')
+        elif not 0 <= label < self._count:
+            raise BadRecord(f'label {label} is not one of the {self._count} classes')
         return {'image': decode(data), 'label': label}
 
     def describe(self, index: int) -> str:
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for line in bad:
                 print(f'left out: {line}', file=sys.stderr)
             print(f'{name}: {written} records, {len(bad)} files left out')
-        classes = splits['train'].classes
+        classes = splits['train'].classes.get('label', [])
         if classes:
             with open(os.path.join(options.out, 'classes.txt'), 'w', encoding='utf-8') as file:
                 file.writelines(f'{name}\n' for name in classes)

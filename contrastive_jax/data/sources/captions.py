@@ -20,7 +20,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import BadRecord, Record, Source, reject_argument, split_of, with_test
+from contrastive_jax.data import (
+    BadRecord,
+    Record,
+    Source,
+    labelled,
+    reject_argument,
+    split_of,
+    with_test,
+)
 from contrastive_jax.data.decode import decode
 
 SUFFIXES = ('.json', '.jsonl', '.ndjson', '.csv', '.tsv', '.txt')
@@ -65,7 +73,7 @@ class Captions:
     """
 
     def __init__(self, items: list[Item], classes: list[str], skipped: Skipped):
-        self.items, self.classes, self.skipped = items, classes, skipped
+        self.items, self.classes, self.skipped = items, labelled(classes), skipped
         self._label_of = {'': -1} | {name: label for label, name in enumerate(classes)}
 
     def __len__(self) -> int:

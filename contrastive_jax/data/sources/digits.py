@@ -21,7 +21,7 @@ import numpy as np
 from einops import rearrange
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import Record, Source, Subset
+from contrastive_jax.data import Record, Source, Subset, labelled
 
 TEST = 500
 GRIDS = {'train': 8000, 'test': 1000}
@@ -38,7 +38,7 @@ class Digits:
         grey_NHW = np.round(table_NC[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
         self.images_NHWC = np.repeat(grey_NHW[..., None], 3, axis=-1)
         self.labels_N = table_NC[:, 64].astype(np.int32)
-        self.classes = [str(d) for d in range(10)]
+        self.classes = labelled([str(d) for d in range(10)])
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -60,7 +60,8 @@ class Grids:
     """
 
     def __init__(self, scans: Subset, digits_N4: np.ndarray, split: str):
-        self.scans, self.digits_N4, self.split, self.classes = scans, digits_N4, split, NAMES
+        self.scans, self.digits_N4, self.split = scans, digits_N4, split
+        self.classes = labelled(NAMES)
         rng = np.random.default_rng(list(GRIDS).index(split))
         labels_M = np.array([scans[i]['label'] for i in range(len(scans))])
         # The scans of digit d are order_M[start_C[d] : start_C[d] + count_C[d]].

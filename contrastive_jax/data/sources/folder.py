@@ -9,7 +9,15 @@ import os
 from absl import logging
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import BadRecord, Record, Source, hold_out, reject_argument, with_test
+from contrastive_jax.data import (
+    BadRecord,
+    Record,
+    Source,
+    hold_out,
+    labelled,
+    reject_argument,
+    with_test,
+)
 from contrastive_jax.data.decode import decode
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')
@@ -31,7 +39,8 @@ class Folder:
     """
 
     def __init__(self, root: str, paths: list[str], labels: list[int], classes: list[str]):
-        self.root, self.paths, self.labels, self.classes = root, paths, labels, classes
+        self.root, self.paths, self.labels = root, paths, labels
+        self.classes = labelled(classes)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -137,7 +146,7 @@ def _scan(root: str, relative: str, train: Folder | None) -> Folder:
         raise UserError(f'config.data.root: no image files in {path!r} ({has}). {EXPECTED}')
     if found and loose:
         logging.warning('%s: %d images beside the class folders are ignored', path, len(loose))
-    classes = list(found) if train is None else train.classes
+    classes = list(found) if train is None else train.classes.get('label', [])
     if train is not None:
         strange = [name for name in found if name not in classes]
         if strange:

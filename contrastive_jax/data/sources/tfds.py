@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import BadRecord, Record, Source, with_test
+from contrastive_jax.data import BadRecord, Record, Source, labelled, with_test
 from contrastive_jax.data.decode import decode
 
 VALIDATION = ('validation', 'val', 'valid', 'dev')
@@ -34,7 +34,7 @@ class Tfds:
 
     def __init__(self, records: Any, features: Any, name: str, image: str, label: str | None):
         self.records, self.name, self.image, self.label = records, name, image, label
-        self.classes = list(features[label].names) if label else []
+        self.classes = labelled(list(features[label].names) if label else [])
 
     def __len__(self) -> int:
         return len(self.records)

@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import BadRecord, Record, Source, reject_argument, split_of, with_test
+from contrastive_jax.data import (
+    BadRecord,
+    Record,
+    Source,
+    labelled,
+    reject_argument,
+    split_of,
+    with_test,
+)
 from contrastive_jax.data.decode import decode
 from contrastive_jax.data.sources.folder import SUFFIXES
 
@@ -78,7 +86,8 @@ class WebDataset:
     """
 
     def __init__(self, root: str, samples: list[Sample], classes: list[str]):
-        self.root, self.samples, self.classes = root, samples, classes
+        self.root, self.samples, self._count = root, samples, len(classes)
+        self.classes = labelled(classes)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -86,8 +95,8 @@ class WebDataset:
     def __getitem__(self, index: int) -> Record:
         sample = self.samples[index]
         label = sample.label() if self.classes else -1
-        if label >= len(self.classes):
-            raise BadRecord(f'label {label} is not one of the {len(self.classes)} classes')
+        if label >= self._count:
+            raise BadRecord(f'label {label} is not one of the {self._count} classes')
         picture = next(suffix for suffix in SUFFIXES if suffix in sample.members)
         return {'image': decode(sample.read(picture)), 'label': label}
 
