@@ -109,7 +109,7 @@ def look(workdir: pathlib.Path, knn: dict, *, pixels: bool) -> None:
     if wanted <= {*known}:
         return
     parts, trained = inference.open_run(str(workdir))
-    config, mesh = experiment.config_of(workdir), parallel.make_mesh()
+    config, mesh = runs.config_of(workdir), parallel.make_mesh()
     specs = {'knn': knn, 'collapse': {}, 'linear': {}}
     with jax.set_mesh(mesh):
         encoders = {'after': trained}

@@ -63,7 +63,8 @@ def of_images(encoder: Trained, root: str, name: str, max_bad: float) -> Index:
         max_bad: a larger share of unusable pictures is an error; they are left out and logged.
 
     Raises:
-        UserError: an encoder of something else; no directory, no pictures, too many unusable ones, no such output.
+        UserError: an encoder of something else; no directory, no pictures, too many unusable
+            ones, no such output.
     """
     if 'image' not in encoder.inputs.eval.shapes:
         reads = ', '.join(encoder.inputs.eval.shapes)

@@ -263,7 +263,7 @@ class _Given:
 
     def describe(self, index: int) -> str:
         item = self.items[index]
-        return os.fspath(item) if isinstance(item, (str, os.PathLike)) else f'item {index}'
+        return os.fspath(item) if isinstance(item, (str, os.PathLike)) else f'items[{index}]'
 
 
 def open_run(workdir: str) -> tuple[Experiment, Subject]:

@@ -302,8 +302,7 @@ def _values(
                 continue
             if isinstance(value, evaluation.Measure):
                 measures[f'{name}/{key}'] = value
-                value = value.value
-            found[f'eval/{name}/{prefix}{key}'] = value
+            found[f'eval/{name}/{prefix}{key}'] = float(value)
         values |= found
         said = '  '.join([*(f'{k} {v:.4g}' for k, v in found.items()), *drawn])
         what = 'baseline' if step is None else f'step {step}'

@@ -369,7 +369,7 @@ def test_a_config_dict_with_lists_is_a_spec():
 @pytest.mark.parametrize(
     ('spec', 'message'),
     [
-        ({'blurr': {'prob': 1}}, r"config.augment: unknown augmentation 'blurr'. .*'blur'"),
+        ({'blurr': {'prob': 1}}, r"config.inputs.augment: unknown augmentation 'blurr'. .*'blur'"),
         ({'jitter': {'prob': 1, 'hues': 1}}, r"augment.jitter: unknown key 'hues'.*'hue'"),
         ({'jitter': {}}, r"augment.jitter: key 'prob' is required"),
         ({'jitter': {'prob': 1, 'hue': 0.6}}, r'jitter.hue: expected a number from 0 to 0.5'),

@@ -95,8 +95,8 @@ def test_local_views_are_the_same_on_eight_devices():
         ),
         ({'blur': {'prob': (1.0, 0.1, 1.5)}}, {}, r'blur.prob: .*from 0 to 1, got 1.5'),
         ({'blur': {'prob': 1, 'kernel': 17}}, {}, r'below twice the side \(8\), got 17'),
-        ({}, {'local_views': -1}, r'config.data.local_views: got -1, expected at least 0'),
-        ({}, {'local_size': 0}, r'config.data.local_size: got 0, expected at least 1'),
+        ({}, {'local_views': -1}, r'config.inputs.local_views: got -1, expected at least 0'),
+        ({}, {'local_size': 0}, r'config.inputs.local_size: got 0, expected at least 1'),
     ],
 )
 def test_errors_of_local_views(spec, changes, message):

@@ -46,13 +46,13 @@ SHALLOW = {
 class Blank:
     """As many images as a preset needs, of which none is read."""
 
-    classes = ('a', 'b')
+    classes = {'label': ['a', 'b']}  # noqa: RUF012
 
     def __len__(self):
         return 50_000
 
     def __getitem__(self, index):
-        return {'image': np.zeros((8, 8, 3), np.uint8), 'label': 0}
+        return {'image': np.zeros((8, 8, 3), np.uint8), 'label': 0, 'captions': ['a']}
 
     def captions(self, index):
         return ['a blank']
@@ -78,12 +78,12 @@ def test_preset_builds_and_steps_abstractly(path, name, monkeypatch):
     )
     mesh = parallel.make_mesh()
     with jax.set_mesh(mesh):
-        parts = programs.build_parts(config, None, mesh)
-        program = parts.program
+        parts = programs.open(config, None, mesh)
+        program = parts
         before = jax.eval_shape(program.init)
         after, metrics = jax.eval_shape(program.step, before, program.batch)
         # Evaluators see images of one size, training views may have another.
-        size = config.data.image_size
+        size = config.inputs.size
         images = {'image': jax.ShapeDtypeStruct((2, size, size, 3), np.float32)}
         features = jax.eval_shape(program.method.encode, before.params, before.extra, images)
     assert jax.tree.structure(before) == jax.tree.structure(after)
@@ -94,16 +94,19 @@ def test_preset_builds_and_steps_abstractly(path, name, monkeypatch):
 
 def test_views_may_be_smaller_than_what_evaluators_see():
     config = load(next(p for p in CONFIGS if p.stem == 'clip_vit')).get_config('flickr8k')
-    assert config.data.image_size == 64
+    assert config.inputs.size == 64
     mesh = parallel.make_mesh()
     with jax.set_mesh(mesh):
         assert programs.build(config, mesh, 6000).batch['views'].shape == (128, 1, 48, 48, 3)
         with config.unlocked():
             config.model.update({'widths': (64,), 'blocks': (1,), 'pool': 'attention'})
-        with pytest.raises(UserError, match='view_size: got 48, and'):
-            programs.build(config, mesh, 6000)
+        built = programs.build(config, mesh, 6000)
+        with pytest.raises(
+            UserError, match=r"config\.inputs: .*'views': \[1, 48, .*'image': \[64,"
+        ):
+            programs.check_step(built)
         with config.unlocked():
-            config.data.view_size = -1
+            config.inputs.view_size = -1
         with pytest.raises(UserError, match='view_size: got -1'):
             programs.build(config, mesh, 6000)
 
@@ -114,8 +117,9 @@ def test_clip_of_flickr8k_can_start_from_simclr_of_its_pictures():
     for name in ('clip_vit', 'siglip_vit'):
         config = by_name[name].get_config('flickr8k')
         assert config.model == start.model
-        for key in ('source', 'mean', 'std'):
-            assert config.data[key] == start.data[key], key
+        assert config.data.source == start.data.source
+        for key in ('mean', 'std'):
+            assert config.inputs[key] == start.inputs[key], key
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)

@@ -7,12 +7,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from pictures import encoded, photo, png_header, write
+from subjects import eval_images, train_images
 
 from contrastive_jax import data
 from contrastive_jax.config import UserError
 from contrastive_jax.data import BadRecord
 from contrastive_jax.data.bad_records import BadRecords
-from contrastive_jax.inputs.pipeline import eval_batches, text_batches, train_iterator
+from contrastive_jax.inputs.pipeline import text_batches
 
 CROP = {'scale': (0.08, 1.0), 'ratio': (3 / 4, 4 / 3), 'interpolation': 'bicubic', 'flip': 0.5}
 
@@ -21,7 +22,8 @@ class Counting:
     """Record i is a 6 × 5 picture of the value i; `broken` ones are bad."""
 
     def __init__(self, count, broken=()):
-        self.count, self.broken, self.classes = count, set(broken), ['a', 'b', 'c']
+        self.count, self.broken = count, set(broken)
+        self.classes = {'label': ['a', 'b', 'c']}
 
     def __len__(self):
         return self.count
@@ -45,7 +47,7 @@ def train(source, **changes):
         'bad': BadRecords(None, len(source), 1.0),
         'threads': 2,
     }
-    return train_iterator(source, **{**options, **changes})
+    return train_images(source, **{**options, **changes})
 
 
 def take(iterator, count):
@@ -245,15 +247,15 @@ def test_local_views_resume_and_are_the_same_on_any_processes():
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'local_views': -1}, r'config.data.local_views: got -1, expected at least 0'),
-        ({'local_size': 0}, r'config.data.local_size: got 0, expected at least 1'),
+        ({'local_views': -1}, r'config.inputs.local_views: got -1; expected at least 0'),
+        ({'local_size': 0}, r'config.inputs.local_size: got 0; expected at least 1'),
         (
             {'local_scale': (0.0, 0.4)},
-            r'config.data.local_scale: got \(0.0, 0.4\), expected 0 < low',
+            r'config.inputs.local_scale: got \(0.0, 0.4\), expected 0 < low',
         ),
-        ({'local_scale': (0.4, 1.1)}, r'config.data.local_scale: .*high <= 1.0'),
-        ({'local_scale': (0.4, 0.2)}, r'config.data.local_scale: got \(0.4, 0.2\)'),
-        ({'local_scale': (0.4,)}, r'config.data.local_scale: got \(0.4\), expected'),
+        ({'local_scale': (0.4, 1.1)}, r'config.inputs.local_scale: .*high <= 1.0'),
+        ({'local_scale': (0.4, 0.2)}, r'config.inputs.local_scale: got \(0.4, 0.2\)'),
+        ({'local_scale': (0.4,)}, r'config.inputs.local_scale: got \(0.4\), expected'),
     ],
 )
 def test_local_views_that_cannot_be(changes, message):
@@ -290,14 +292,16 @@ def test_iterator_is_saved_and_restored_in_an_orbax_composite(tmp_path):
 
 
 def test_batch_sizes_that_cannot_be():
-    with pytest.raises(UserError, match='batch_size: got 32, but the training split has 20 images'):
+    with pytest.raises(
+        UserError, match='batch_size: got 32, but the training split has 20 records'
+    ):
         train(Counting(20), batch_size=32)
     with pytest.raises(UserError, match='got 8, expected a multiple of the 3 processes'):
         train(Counting(20), process_count=3)
     with pytest.raises(UserError, match=r'config.seed: got -1'):
         train(Counting(20), seed=-1)
     with pytest.raises(UserError, match='multiple of the 3 processes'):
-        eval_batches(
+        eval_images(
             Counting(9), batch_size=8, image_size=6, bad=BadRecords(None, 9), process_count=3
         )
 
@@ -307,7 +311,7 @@ def test_eval_batches_hold_every_record_once_and_padding(processes):
     source, bad = Counting(21, broken=[4, 20]), BadRecords(None, 21, 0.1)
     parts = [
         list(
-            eval_batches(
+            eval_images(
                 source,
                 batch_size=8,
                 image_size=6,
@@ -334,11 +338,11 @@ def test_eval_batches_hold_every_record_once_and_padding(processes):
 
 
 def test_eval_batches_may_be_left_early():
-    batches = eval_batches(Counting(200), batch_size=8, image_size=6, bad=BadRecords(None, 200))
+    batches = eval_images(Counting(200), batch_size=8, image_size=6, bad=BadRecords(None, 200))
     next(batches)
     batches.close()
     with pytest.raises(UserError, match=r'crop_fraction: got 1.5'):
-        eval_batches(
+        eval_images(
             Counting(9), batch_size=3, image_size=6, bad=BadRecords(None, 9), crop_fraction=1.5
         )
 

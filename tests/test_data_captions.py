@@ -68,7 +68,7 @@ def test_karpathys_json_finds_the_pictures(tmp_path, place):
         record = train[2]
         np.testing.assert_array_equal(record['image'], photo(4, 20, 24))
         assert record['captions'] == train.captions(2) == ['picture 4', 'Bild 4 ü']
-        assert (record['label'], train.classes, train.skipped) == (-1, [], [])
+        assert (record['label'], train.classes, train.skipped) == (-1, {}, [])
 
 
 def test_coco_reads_a_file_a_split(tmp_path):
@@ -135,7 +135,7 @@ def test_tables_group_the_rows_of_a_picture(tmp_path, kind, columns):
     assert names(train) == ['3.png', '0.png']
     assert train[0]['captions'] == ['a cat, \u2028asleep', '"eine" Katze']
     assert train.captions(1) == ['the "dog"']
-    assert train.classes == ['cat', 'dog']
+    assert train.classes == {'label': ['cat', 'dog']}
     assert [train[0]['label'], train[1]['label']] == [0, 1]
     assert splits['test'][0]['label'] == -1
     np.testing.assert_array_equal(splits['test'][0]['image'], photo(2, 20, 24))
@@ -270,7 +270,7 @@ def test_tars_are_read_in_random_access(tmp_path):
         splits = open_tars(root)
         assert {k: len(v) for k, v in splits.items()} == {'train': 12, 'test': 2}
         train = splits['train']
-        assert train.classes == ['0', '1', '2']
+        assert train.classes == {'label': ['0', '1', '2']}
         assert names(train)[:5] == [f'train-000.tar/00{i}' for i in range(4)] + [
             'train-001.tar/004'
         ]
@@ -284,7 +284,7 @@ def test_tars_are_read_in_random_access(tmp_path):
                 assert record['label'] == i % 3
                 assert record['captions'] == [f'picture {i} ü\nin a line']
     (tmp_path / 'classes.txt').write_text('cat\ndog\nbird\n')
-    assert open_tars(tmp_path)['test'].classes == ['cat', 'dog', 'bird']
+    assert open_tars(tmp_path)['test'].classes == {'label': ['cat', 'dog', 'bird']}
     one = open_tars(tmp_path / 'val-000.tar')
     assert sum(map(len, one.values())) == 2
 
@@ -321,7 +321,7 @@ def test_tars_captions_may_be_json_or_missing(tmp_path):
     source = open_tars(tmp_path, holdout=0)['train']
     assert not hasattr(source, 'captions')
     assert set(source[0]) == {'image', 'label'}
-    assert (source[0]['label'], source.classes) == (-1, [])
+    assert (source[0]['label'], source.classes) == (-1, {})
 
 
 def test_damaged_tars_are_named(tmp_path):
@@ -353,7 +353,7 @@ def test_grids_of_digits_are_what_their_captions_say():
     for (split, count), texts in zip({'train': 8000, 'test': 1000}.items(), (3, 2), strict=True):
         source = splits[split]
         assert len(source) == count
-        assert source.classes == digits.NAMES
+        assert source.classes == {'label': digits.NAMES}
         known = {}
         for i in range(len(scans[split])):
             known[scans[split][i]['image'].tobytes()] = scans[split][i]['label']

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from pictures import encoded, make_folder, photo, write
 from sklearn.datasets import load_digits
+from subjects import train_images
 
 from contrastive_jax import data
 from contrastive_jax.config import UserError
 from contrastive_jax.data import BadRecord
 from contrastive_jax.data.bad_records import BadRecords
 from contrastive_jax.data.sources import array_record
-from contrastive_jax.inputs.pipeline import train_iterator
 
 
 def open_folder(root, **more):
@@ -24,7 +24,7 @@ def open_folder(root, **more):
 
 def first_batch(source):
     return next(
-        train_iterator(
+        train_images(
             source,
             batch_size=8,
             views=2,
@@ -76,7 +76,7 @@ def test_folder_with_splits_and_classes(tmp_path):
     splits = open_folder(root)
     assert {k: len(v) for k, v in splits.items()} == {'train': 13, 'test': 12, 'validation': 12}
     source = splits['train']
-    assert source.classes == ['cat', 'dog']
+    assert source.classes == {'label': ['cat', 'dog']}
     names = [source.describe(i) for i in range(13)]
     assert names == sorted(names)
     assert 'train/cat/deeper/er/x.JPeG' in names
@@ -100,8 +100,8 @@ def test_folder_without_test_holds_out_by_path(tmp_path, caplog):
         splits = open_folder(root, holdout=0.2)
     count = len(splits['test'])
     assert 20 < count < 60
-    assert f'no test split in {root}: holding out 20 % = {count} images' in caplog.text
-    assert splits['train'].classes == splits['test'].classes == ['c0', 'c1', 'c2', 'c3']
+    assert f'no test split in {root}: holding out 20 % = {count} records' in caplog.text
+    assert splits['train'].classes == splits['test'].classes == {'label': ['c0', 'c1', 'c2', 'c3']}
     held = {splits['test'].describe(i) for i in range(count)}
     kept = {splits['train'].describe(i) for i in range(200 - count)}
     assert len(held | kept) == 200
@@ -121,7 +121,7 @@ def test_flat_folder_is_unlabelled(tmp_path):
     for i in range(30):
         write(tmp_path / f'{i}.webp', encoded(photo(), 'WEBP'))
     splits = open_folder(tmp_path)
-    assert splits['train'].classes == []
+    assert splits['train'].classes == {}
     assert splits['train'][0]['label'] == -1
     assert len(splits['train']) + len(splits['test']) == 30
 
@@ -195,7 +195,7 @@ def test_array_record_shards_holdout_and_bad_records(tmp_path, capsys):
         whole[39]
     (out / 'classes.txt').unlink()
     unlabelled = data.open_splits({'source': 'array_record', 'root': str(out)})['train']
-    assert (unlabelled.classes, unlabelled[0]['label']) == ([], -1)
+    assert (unlabelled.classes, unlabelled[0]['label']) == ({}, -1)
     assert array_record.main([str(tmp_path / 'none'), str(tmp_path / 'o2')]) == 2
     assert 'does not exist' in capsys.readouterr().err
     for wrong, message in (
@@ -262,7 +262,7 @@ def test_tfds_reads_a_real_dataset(tmp_path):
     Squares(data_dir=tmp_path, file_format='array_record').download_and_prepare()
     splits = data.open_splits({'source': 'tfds:squares', 'root': str(tmp_path)})
     assert {k: len(v) for k, v in splits.items()} == {'train': 30, 'test': 10}
-    assert splits['train'].classes == ['dark', 'light']
+    assert splits['train'].classes == {'label': ['dark', 'light']}
     known = {photo(i, 20, 24).tobytes(): i % 2 for i in range(30)}
     for i in range(30):
         record = splits['train'][i]

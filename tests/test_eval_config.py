@@ -10,10 +10,9 @@ import pytest
 from pictures import encoded, photo, write
 from test_train import finish, start
 
-from contrastive_jax import experiment, inference, parallel, train
+from contrastive_jax import experiment, parallel, train
 from contrastive_jax.config import UserError
-from contrastive_jax.inputs import views
-from contrastive_jax.workdir import checkpoint, records
+from contrastive_jax.workdir import checkpoint, records, runs
 
 ROOT = pathlib.Path(__file__).parents[1]
 KNN = {'k': 20, 'temperature': 0.07, 'per_class': ()}
@@ -39,10 +38,10 @@ def run(tmp_path_factory):
         config.update({'total_steps': 2, 'batch_size': 128})
         config.model.update({'width': 16, 'depth': 2, 'heads': 2})
         config.method.update({'hidden': 16, 'projection': 8})
-        config.augment, config.evals = {}, {'knn': KNN}
+        config.inputs.augment, config.evals = {}, {'knn': KNN}
     mesh = parallel.make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state = experiment.build_parts(config, str(workdir), mesh).program.init()
+        state = experiment.open(config, str(workdir), mesh).init()
     checkpoint.claim(workdir, config.to_dict())
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.best)
     checkpoints.save(state, None, 2)
@@ -83,11 +82,11 @@ def test_a_run_is_evaluated_with_other_evaluators_and_their_baselines(run):
     # Fine-tuned, it would be the network from scratch, which is there already.
     tuned = {f'eval/finetune/top1_1_per_class{s}' for s in ('', '_std')}
     assert {k: start.get(k) for k in values} == values | dict.fromkeys(tuned)
-    assert 'eval/knn/pixels_top1_10_percent' in start
+    assert 'eval/knn/baseline_top1_10_percent' in start
     table = json.loads((run / 'results.json').read_text())
     assert all(v > 0.1 for v in table['knn, 10 % of labels'].values())
     for row in ('linear, block1', 'finetune, scratch, 1 labels per class'):
-        assert table[row]['raw pixels'] is None
+        assert table[row]['baseline'] is None
         assert table[row]['untrained'] is not None
     # Nothing but the records has changed.
     assert (run / 'config.json').read_bytes() == config
@@ -97,32 +96,23 @@ def test_a_run_is_evaluated_with_other_evaluators_and_their_baselines(run):
 
 def test_what_the_run_has_found_is_not_evaluated_again(run, monkeypatch):
     writer = records.Writer(str(run))
-    writer.write(0, {'eval/knn/top1': 0.1234, 'eval/knn/pixels_top1': 0.5})
+    records.describe(str(run), {'knn/top1': ('knn, all labels', '%')})
+    writer.write(0, {'eval/knn/top1': 0.1234, 'eval/knn/baseline_top1': 0.5})
     calls = []
 
-    def evaluate(config, folder, parts, mesh, state):
-        calls.append((state is None, sorted(parts.evaluators)))
+    def evaluate(given, folder, state):
+        calls.append((state is None, sorted(given.evaluators)))
         return {'eval/knn/top1': 0.75}
 
     monkeypatch.setattr(train, '_evaluate', evaluate)
     train.run(suite(knn=KNN), str(run), eval_only=True)
     assert calls == [(False, ['knn'])]
     table = json.loads((run / 'results.json').read_text())
-    assert table['knn, all labels'] == {'raw pixels': 0.5, 'untrained': 0.1234, 'trained': 0.75}
+    assert table['knn, all labels'] == {'baseline': 0.5, 'untrained': 0.1234, 'trained': 0.75}
     train.run(suite(knn=KNN, collapse={}), str(run), eval_only=True)
     assert calls[1:] == [(False, ['collapse', 'knn']), (True, ['collapse']), (False, ['collapse'])]
     train.run(suite(knn={**KNN, 'k': 3}), str(run), eval_only=True)
     assert calls[4:] == [(False, ['knn']), (True, ['knn']), (False, ['knn'])]
-
-
-def test_evaluators_are_shown_what_the_run_was(run):
-    parts, encoder = inference.open_run(str(run))
-    config = experiment.config_of(run)
-    found = encoder.views.pairs('test', np.array([3, 1]))
-    expected = views.pairs(config, parts.splits['test'], [3, 1], config.seed)
-    np.testing.assert_array_equal(found, expected)
-    assert (encoder.views.mean, encoder.views.std) == ((0.305,) * 3, (0.376,) * 3)
-    assert encoder.views.crop['flip'] == 0
 
 
 @pytest.fixture(scope='module')
@@ -146,7 +136,7 @@ def test_another_data_set_has_records_of_its_own(run, photos):
     assert (run / 'metrics.jsonl').read_bytes() == before
     folder = run / 'on_folder_my_photos'
     assert of_step(folder, 2) == values
-    assert of_step(folder, 0).keys() == {'eval/knn/top1', 'eval/knn/pixels_top1'}
+    assert of_step(folder, 0).keys() == {'eval/knn/top1', 'eval/knn/baseline_top1'}
     assert json.loads((folder / 'results.json').read_text()).keys() == {'knn'}
     assert not (run / 'bad_records.jsonl').exists()
 
@@ -157,7 +147,7 @@ def test_mistakes(run, tmp_path):
         train.run(config, str(tmp_path / 'nothing'), eval_only=True)
     with pytest.raises(UserError, match=r'config\.method: not set.*--eval_only'):
         train.run(config, str(run))
-    for key, value in (('seed', 3), ('data.image_size', 32), ('method.name', 'simclr')):
+    for key, value in (('seed', 3), ('inputs.size', 32), ('method.name', 'simclr')):
         wrong = suite(knn={})
         with wrong.unlocked():
             wrong.update_from_flattened_dict({key: value})
@@ -180,12 +170,12 @@ def test_mistakes(run, tmp_path):
 def test_presets_build_for_a_run(run, preset):
     config = recipe('eval', preset)
     assert config.is_locked
-    found = experiment.resolve(config, str(run), eval_only=True)
+    found = runs.resolve(config, str(run), eval_only=True)
     assert found.method.name == 'simclr'
     assert found.batch_size == 128
     assert found.evals == config.evals
-    assert experiment.other_data(found, str(run)) == ''
-    parts = experiment.build_parts(found, str(run), parallel.make_mesh())
+    assert runs.other_data(found, str(run)) == ''
+    parts = experiment.open(found, str(run), parallel.make_mesh())
     assert list(parts.evaluators) == sorted(config.evals)
     assert f'`:{preset}`' in (ROOT / 'configs/eval.py').read_text()
 

@@ -11,12 +11,13 @@ from sklearn import datasets
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
+from subjects import subject
 from threadpoolctl import threadpool_limits
 
-from contrastive_jax import evals, parallel
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import collapse, knn, linear
-from contrastive_jax.evaluation import logistic
+from contrastive_jax.evaluation import few_labels, logistic
+from contrastive_jax.evaluation.subject import Subject
 
 CLASSES = 5
 
@@ -32,48 +33,37 @@ def blobs(seed: int, n: int, width: int = 12, spread: float = 2.0):
     return x.astype(np.float32), label
 
 
-def encoder(splits, devices=1, batch=48, classes=CLASSES, calls=None) -> evals.Encoder:
-    """An Encoder whose images hold the features; pads the last batch as the pipeline does."""
-    mesh = parallel.make_mesh(jax.devices()[:devices])
-
-    def batches(split):
-        x, label = splits[split]
-        for start in range(0, len(x), batch):
-            some = slice(start, start + batch)
-            short = batch - len(x[some])
-            yield {
-                'image': np.pad(x[some], ((0, short), (0, 0)), constant_values=np.nan),
-                'label': np.pad(label[some], (0, short), constant_values=3),
-                'mask': np.pad(np.ones(len(x[some]), np.float32), (0, short)),
-            }
+def encoder(splits, devices=1, batch=48, classes=CLASSES, calls=None) -> Subject:
+    """A Subject whose records hold the features."""
 
     @jax.jit
     def encode(batch):
         return batch['image']
 
-    def counted(batch, name):
+    def counted(batch, name, prepared=False):
         assert name == 'features'
         if calls is not None:
             calls.append(1)
         return encode(batch)
 
     names = [str(c) for c in range(classes)]
-    return evals.Encoder(counted, tuple(splits), names, batches, mesh)
+    return subject(splits, counted, devices=devices, batch=batch, classes=names)
 
 
-# --- Encoder -------------------------------------------------------------------------------------
+# --- Subject -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('devices', [1, 8])
 def test_any_output_of_given_images(devices):
     images = np.random.default_rng(0).integers(0, 256, (70, 4, 4, 3)).astype(np.uint8)
-    mesh = parallel.make_mesh(jax.devices()[:devices])
     encode = jax.jit(lambda batch, name: {'halves': batch['image'].reshape(-1, 2, 24) / 2}[name],
                      static_argnums=1)  # fmt: skip
-    e = evals.Encoder(encode, ('test',), [], lambda split: iter(()), mesh)
-    np.testing.assert_array_equal(e.of(images, 'halves'), images.reshape(70, 2, 24) / np.float32(2))
+    e = subject({'test': (images, np.zeros(70))}, encode, devices=devices)
+    np.testing.assert_array_equal(
+        e.of({'image': images}, 'halves'), images.reshape(70, 2, 24) / np.float32(2)
+    )
     with pytest.raises(KeyError, match='quarters'):
-        e.of(images, 'quarters')
+        e.of({'image': images}, 'quarters')
 
 
 @pytest.mark.parametrize('devices', [1, 8])
@@ -82,7 +72,7 @@ def test_features_are_whole_in_order_and_computed_once(devices):
     calls = []
     e = encoder({'train': (x, label)}, devices, calls=calls)
     features = e.features('train')
-    assert e.features('train') is features
+    assert e.features('train').x_ND is features.x_ND
     assert len(calls) == 3
     assert features.x_ND.shape == (144, 12)
     assert len(features.x_ND.addressable_shards) == devices
@@ -104,17 +94,17 @@ def test_labelled_joins_train_and_validation():
 
 def test_draws_are_balanced_repeatable_and_blind_to_padding(caplog):
     label = np.repeat([0, 1, 2], [50, 40, 30]).astype(np.int32)
-    subsets = evals.draws(label, 10, 4, seed=3)
+    subsets = few_labels.draws(label, 10, 4, seed=3)
     assert all((np.bincount(label[rows]) == 10).all() for rows in subsets)
     assert len({tuple(rows) for rows in subsets}) == 4
-    again = evals.draws(label, 10, 4, seed=3)
+    again = few_labels.draws(label, 10, 4, seed=3)
     np.testing.assert_array_equal(subsets, again)
     padded = np.r_[label[:70], [-1] * 5, label[70:], [-1] * 9]
     where = np.flatnonzero(padded >= 0)
-    for rows, other in zip(subsets, evals.draws(padded, 10, 4, seed=3), strict=True):
+    for rows, other in zip(subsets, few_labels.draws(padded, 10, 4, seed=3), strict=True):
         np.testing.assert_array_equal(where[rows], other)
     with caplog.at_level(logging.INFO, 'absl'):
-        (rows,) = evals.draws(np.repeat([0, 1], [20, 4]), 10, 1, seed=0)
+        (rows,) = few_labels.draws(np.repeat([0, 1], [20, 4]), 10, 1, seed=0)
     assert list(np.bincount(np.repeat([0, 1], [20, 4])[rows])) == [10, 4]
     assert '1 of 2 classes' in caplog.text
 
@@ -144,7 +134,7 @@ def test_knn_is_sklearn(devices, k, temperature):
     assert found['top1'] == sklearn_knn(train, test, min(k, 300), temperature)
     few = [
         sklearn_knn((train[0][r], train[1][r]), test, min(k, len(r)), temperature)
-        for r in evals.draws(train[1], 10, 3, seed=5)
+        for r in few_labels.draws(train[1], 10, 3, seed=5)
     ]
     assert found['top1_10_per_class'] == pytest.approx(np.mean(few), abs=1e-12)
     assert found['top1_10_per_class_std'] == pytest.approx(np.std(few), abs=1e-12)
@@ -267,7 +257,7 @@ def test_linear_is_sklearns_protocol(validation):
     else:
         splits = {'train': train, 'test': test}
         held = linear.held_out(train[1], 0.1, seed=2)
-    few = evals.draws(train[1], 10, 2, seed=2)
+    few = few_labels.draws(train[1], 10, 2, seed=2)
     expected = reference(train, test, held, strengths, few, folds=5)
     results = [
         dict(linear.make(strengths, draws=2, seed=2)(encoder(splits, devices)))
@@ -293,7 +283,7 @@ def test_linear_with_more_features_than_labels():
     scaler = StandardScaler().fit(train[0].astype(np.float64))
     x, test_x = scaler.transform(train[0]), scaler.transform(test[0])
     for per_class in (1, 2):
-        (rows,) = evals.draws(train[1], per_class, 1, seed=0)
+        (rows,) = few_labels.draws(train[1], per_class, 1, seed=0)
         expected = sklearn_linear(x[rows], train[1][rows], 1.0).score(test_x, test[1])
         assert found[f'top1_{per_class}_per_class'] == pytest.approx(expected, abs=0.0021)
 

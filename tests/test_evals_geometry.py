@@ -9,13 +9,16 @@ import jax
 import numpy as np
 import pytest
 from sklearn.metrics import normalized_mutual_info_score
+from subjects import subject
 from test_evals import blobs, encoder
 
-from contrastive_jax import evals
+from contrastive_jax import parallel
 from contrastive_jax.config import UserError
-from contrastive_jax.data import open_splits
+from contrastive_jax.data import Subset, open_splits
 from contrastive_jax.evals import clustering, uniformity
-from contrastive_jax.inputs import geometry, views
+from contrastive_jax.evaluation.subject import Subject
+from contrastive_jax.experiment import build_inputs
+from contrastive_jax.inputs import Transform
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,24 +93,33 @@ def test_uniformity_at_its_ends():
     assert found['uniformity'] == pytest.approx(expected, rel=1e-5)
 
 
-def test_alignment_is_that_of_the_views():
+@pytest.mark.parametrize('views', [1, 2, 3])
+def test_alignment_is_that_of_the_views(views):
+    """Of two views, of two draws of one, and of the first two of three."""
     x, label = blobs(0, 70)
-    views_ = np.random.default_rng(0).integers(0, 256, (70, 2, 2, 2, 3)).astype(np.uint8)
     asked: list[int] = []
+    made = np.random.default_rng(0).normal(size=(70, 2 * views, 12)).astype(np.float32)
 
-    def pairs(split: str, rows: Any) -> np.ndarray:
-        assert split == 'test'
-        asked.extend(rows)
-        return views_[rows]
+    def host(record: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        (row,) = np.flatnonzero((x == record['image']).all(1))
+        draw = asked.count(row)
+        asked.append(row)
+        # The seed and the record's number alone decide what is drawn.
+        first = np.random.default_rng([0, row]).random(2)
+        assert rng.random() == first[draw]
+        return {'views': made[row, draw * views : (draw + 1) * views]}
 
-    e = encoder({'train': (x, label), 'test': (x, label)}, 8)
-    e.views = evals.Views((0.5,) * 3, (0.5,) * 3, {}, pairs)
-    features = e.features('test')
-    e._features['test', 'features'] = features._replace(label_N=np.full_like(features.label_N, -1))
-    e._encode = lambda batch, name: batch['image'].reshape(len(batch['image']), -1) / 255
+    shape = jax.ShapeDtypeStruct((views, 12), np.float32)
+    train = Transform(host, {'views': shape}, lambda key, batch: {'views': 2 * batch['views']})
+    e = subject(
+        {'train': (x, label), 'test': (x, label)},
+        lambda batch, name, prepared=False: batch['image'],
+        devices=8,
+        train=train,
+    )
     found = dict(uniformity.make(images=67)(e))
     assert len(set(asked)) == 67
-    z = views_[asked].reshape(67, 2, -1) / 255
+    z = made[sorted(set(asked))][:, :2].astype(np.float64)
     z /= np.linalg.norm(z, axis=2, keepdims=True)
     assert found['alignment'] == pytest.approx(((z[:, 0] - z[:, 1]) ** 2).sum(1).mean(), rel=1e-5)
     asked.clear()
@@ -115,27 +127,30 @@ def test_alignment_is_that_of_the_views():
     assert not asked
 
 
-@pytest.mark.parametrize(('recipe', 'count'), [('simclr_vit', 70), ('clip_vit', 3), ('dino', 3)])
-def test_views_are_the_runs_own(recipe, count):
-    """Of two views, of one, and where there are local ones, too."""
+@pytest.mark.parametrize('recipe', ['simclr_vit', 'clip_vit', 'dino'])
+def test_views_are_the_runs_own(recipe):
+    """Whole crops without augmentation are the images, whose distance is nothing."""
     config = runpy.run_path(str(ROOT / f'configs/{recipe}.py'))['get_config']()
-    source = open_splits(config.data)['test']
-    rows = np.arange(count) * 2
-    found = views.pairs(config, source, rows, seed=1)
-    side = config.data.image_size
-    assert found.shape == (count, 2, side, side, 3)
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, views.pairs(config, source, rows, seed=1))
-    assert (found != views.pairs(config, source, rows, seed=2)).any()
-    # Neither a picture's two views nor those of another are drawn alike.
-    assert all((pair[0] != pair[1]).any() for pair in found)
+    splits = {'test': Subset(open_splits(config.data)['test'], range(0, 40, 2))}
+
+    def alignment(config: Any, seed: int) -> float:
+        inputs = build_inputs(config)
+        if inputs.prepare:
+            inputs = inputs.prepare(splits['test'], [])
+
+        def encode(batch: Any, name: str, prepared: bool = False) -> Any:
+            batch = batch if prepared else inputs.eval.device(None, batch)  # pyright: ignore
+            return batch['image'].reshape(len(batch['image']), -1)
+
+        e = Subject(encode, inputs, splits, parallel.make_mesh(), batch_size=16)
+        return dict(uniformity.make(seed=seed)(e))['alignment']
+
+    assert alignment(config, 1) == alignment(config, 1) != alignment(config, 2)
+    assert alignment(config, 1) > 0.01
     with config.unlocked():
-        config.augment = {}
-        config.data.crop = {'scale': (1.0, 1.0), 'ratio': (1.0, 1.0), 'flip': 0.0}
-    plain = views.pairs(config, source, rows[:2], seed=1)
-    for row, pair in zip(rows, plain, strict=False):
-        image = geometry.center_crop_resize(source[int(row)]['image'], side)
-        np.testing.assert_array_equal(pair, [image, image])
+        config.inputs.augment = {}
+        config.inputs.crop = {'scale': (1.0, 1.0), 'ratio': (1.0, 1.0), 'flip': 0.0}
+    assert alignment(config, 1) == pytest.approx(0, abs=1e-6)
 
 
 def test_wrong_options_are_refused():

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.preprocessing import StandardScaler
+from subjects import subject
 from test_evals import blobs, encoder, sklearn_knn, sklearn_linear
 
 from contrastive_jax import evals, models, parallel
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import finetune, knn, linear
-from contrastive_jax.evaluation import pooled
+from contrastive_jax.evaluation import few_labels, pooled
+from contrastive_jax.evaluation.subject import Weights
 
 # --- few labels ----------------------------------------------------------------------------------
 
@@ -22,21 +24,21 @@ from contrastive_jax.evaluation import pooled
 def test_a_share_of_the_labels_is_stratified_nested_and_repeatable():
     label = np.repeat([0, 1, 2, 3, -1], [100, 37, 6, 1, 50]).astype(np.int32)
     label = np.random.default_rng(0).permutation(label)
-    tenth = evals.draws(label, 0.1, 3, seed=4)
+    tenth = few_labels.draws(label, 0.1, 3, seed=4)
     for rows in tenth:
         assert list(np.bincount(label[rows])) == [10, 4, 1, 1]
         assert (np.diff(rows) > 0).all()
     assert len({tuple(rows) for rows in tenth}) == 3
-    np.testing.assert_array_equal(tenth, evals.draws(label, 0.1, 3, seed=4))
-    assert (np.array(tenth) != evals.draws(label, 0.1, 3, seed=5)).any()
-    for small, large in zip(evals.draws(label, 0.03, 3, seed=4), tenth, strict=True):
+    np.testing.assert_array_equal(tenth, few_labels.draws(label, 0.1, 3, seed=4))
+    assert (np.array(tenth) != few_labels.draws(label, 0.1, 3, seed=5)).any()
+    for small, large in zip(few_labels.draws(label, 0.03, 3, seed=4), tenth, strict=True):
         assert set(small) < set(large)
-    (everything,) = evals.draws(label, 1.0, 1, seed=0)
+    (everything,) = few_labels.draws(label, 1.0, 1, seed=0)
     np.testing.assert_array_equal(everything, np.flatnonzero(label >= 0))
 
 
 def test_names_of_few_labels():
-    found = evals.few_labels((1, 10), (0.001, 0.01, 0.07))
+    found = few_labels.named((1, 10), (0.001, 0.01, 0.07))
     assert list(found) == ['1_per_class', '10_per_class', '0.1_percent', '1_percent', '7_percent']
     assert [type(n) for n in found.values()] == [int, int, float, float, float]
 
@@ -49,7 +51,7 @@ def test_knn_with_a_share_of_the_labels_is_sklearn():
     for share in (0.1, 0.5):
         expected = [
             sklearn_knn((wide[0][r], train[1][r]), (wide[1], test[1]), 7, 0.1)
-            for r in evals.draws(train[1], share, 3, seed=0)
+            for r in few_labels.draws(train[1], share, 3, seed=0)
         ]
         name = f'top1_{100 * share:g}_percent'
         assert found[name] == pytest.approx(np.mean(expected), abs=1e-12)
@@ -67,7 +69,7 @@ def test_linear_with_a_share_of_the_labels_is_sklearn(side_by_side, monkeypatch)
     x, test_x = scaler.transform(train[0]), scaler.transform(test[0])
     expected = [
         sklearn_linear(x[r], train[1][r], 10.0).score(test_x, test[1])
-        for r in evals.draws(train[1], 0.2, 2, seed=0)
+        for r in few_labels.draws(train[1], 0.2, 2, seed=0)
     ]
     found = dict(linear.make(**options)(encoder({'train': train, 'test': test}, 8)))
     assert found['top1_20_percent'] == pytest.approx(np.mean(expected), abs=0.0026)
@@ -79,7 +81,6 @@ def test_linear_with_a_share_of_the_labels_is_sklearn(side_by_side, monkeypatch)
 
 def with_maps(devices: int, side: int, channels: int, tower: bool = True) -> Any:
     """An encoder whose 'map' says the class in one corner, and whose features say nothing."""
-    mesh = parallel.make_mesh(jax.devices()[:devices])
     rng = np.random.default_rng(0)
     label = rng.integers(0, 3, 211).astype(np.int32)
     maps = rng.normal(size=(211, side, side, channels)).astype(np.float32)
@@ -87,30 +88,21 @@ def with_maps(devices: int, side: int, channels: int, tower: bool = True) -> Any
         :, None, None, :
     ]
     parts = {'train': slice(0, 130), 'test': slice(130, None)}
+    splits = {name: (maps[at], label[at]) for name, at in parts.items()}
 
-    def batches(split):
-        x, y = maps[parts[split]], label[parts[split]]
-        for start in range(0, len(x), 16):
-            some, short = slice(start, start + 16), max(0, start + 16 - len(x))
-            yield {
-                'image': np.pad(x[some], ((0, short), (0, 0), (0, 0), (0, 0))),
-                'label': np.pad(y[some], (0, short)),
-                'mask': np.pad(np.ones(16 - short, np.float32), (0, short)),
-            }
-
-    def encode(batch, name):
+    def encode(batch, name, prepared=False):
         x = batch['image']
         outputs = {'features': x[:, 0, 0], 'map': x, 'patches': x.reshape(len(x), -1, channels)}
         outputs['odd'] = x[:, :1, :2]
         return outputs[name]
 
-    return evals.Encoder(
+    return subject(
+        splits,
         encode,
-        ('train', 'test'),
-        ['a', 'b', 'c'],
-        batches,
-        mesh,
-        tower=evals.Tower(nn.Dense(1), {}, {}) if tower else None,
+        devices=devices,
+        batch=16,
+        classes=['a', 'b', 'c'],
+        weights=Weights(nn.Dense(1), {}, {}) if tower else None,
         outputs=lambda: ['features', 'map', 'odd', 'patches'],
     )
 
@@ -327,7 +319,7 @@ def test_fine_tuning_reads_what_was_drawn_and_scratch_is_trained_once(tower):
     label = e.labelled().label_N
     first_validation = len(e.features('train').label_N)
     for labels in (5, 0.1):
-        (rows,) = evals.draws(label, labels, 1, 0)
+        (rows,) = few_labels.draws(label, labels, 1, 0)
         for split, some in (
             ('train', rows[rows < first_validation]),
             ('validation', rows[rows >= first_validation] - first_validation),

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
+from subjects import subject
 
-from contrastive_jax import evals, figures, models, parallel
+from contrastive_jax import evaluation, figures, models
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import attention, knn, neighbours, pca, tsne
+from contrastive_jax.evaluation.subject import Weights
 from contrastive_jax.figures import plots, sheets
 
 PATCH = 16
 H, W = 32, 48  # 2 × 3 patches
-TOWER = evals.Tower(models.Microbatched(None, 1), {}, {})  # pyright: ignore[reportArgumentType]
+TOWER = Weights(models.Microbatched(None, 1), {}, {})  # pyright: ignore[reportArgumentType]
 SIDE, MARGIN, APART, GAP, HEADING = 96, 22, 16, 8, 22  # of `sheets.tile_rows`
 
 
@@ -49,33 +51,12 @@ OUTPUTS = {
 }
 
 
-def encoder(splits, devices=1, names=tuple(OUTPUTS), tower=TOWER, classes=('cat', 'dog')):
+def encoder(splits, devices=1, names=tuple(OUTPUTS), tower=TOWER, classes=('cat', 'dog'), **more):
     """Of splits (images, labels), whose outputs are functions of patches' brightness."""
-    mesh = parallel.make_mesh(jax.devices()[:devices])
-
-    def batches(split):
-        images, label = splits[split]
-        for start in range(0, len(images), 16):
-            some = slice(start, start + 16)
-            short = 16 - len(images[some])
-            yield {
-                'image': np.pad(images[some], ((0, short), (0, 0), (0, 0), (0, 0))),
-                'label': np.pad(label[some], (0, short)),
-                'mask': np.pad(np.ones(len(images[some]), np.float32), (0, short)),
-            }
-
     outputs = {name: OUTPUTS[name] for name in names}
     encode = jax.jit(lambda batch, name: outputs[name](batch['image']), static_argnums=1)
-    return evals.Encoder(
-        encode,
-        tuple(splits),
-        classes,
-        batches,
-        mesh,
-        images=lambda split, rows: splits[split][0][list(rows)],
-        sizes={name: len(images) for name, (images, _) in splits.items()},
-        tower=tower,
-    )
+    options = {'devices': devices, 'batch': 16, 'classes': classes, 'weights': tower}
+    return subject(splits, encode, **options, **more)
 
 
 def bright(places, level=230, dark=25):
@@ -299,9 +280,9 @@ def test_of_many_classes_some_are_drawn(monkeypatch):
     e = encoder({'test': (images, label)}, classes=tuple(map(str, range(32))))
     dict(tsne.make(classes=8)(e))
     assert len(np.unique(seen['label'])) == 8
-    assert seen['title'] == 't-SNE of 16 test images of 8 of 32 classes'
+    assert seen['title'] == 't-SNE of 16 test records of 8 of 32 classes'
     dict(tsne.make(count=20)(encoder({'test': (images, np.full(64, -1, np.int32))})))
-    assert seen['title'] == 't-SNE of 20 test images'
+    assert seen['title'] == 't-SNE of 20 test records'
     assert len(seen['x']) == 20
 
 
@@ -351,15 +332,15 @@ def test_one_and_eight_devices_draw_the_same_bytes():
 @pytest.mark.parametrize('make', [attention.make, pca.make])
 @pytest.mark.parametrize('why', ['raw pixels', 'no such output', 'no usable image'])
 def test_what_cannot_be_drawn_is_said_once(make, why, caplog):
-    data = dataset([0, 1])
-    if why == 'no usable image':
-        data[0][:] = 0
+    bad = (0, 1) if why == 'no usable image' else ()
     names = ('features',) if why == 'no such output' else tuple(OUTPUTS)
-    e = encoder({'test': data}, names=names, tower=None if why == 'raw pixels' else TOWER)
+    tower = None if why == 'raw pixels' else TOWER
+    e = encoder({'test': dataset([0, 1])}, names=names, tower=tower, bad=bad)
     evaluate = make()
     with caplog.at_level(logging.INFO, 'absl'):
         assert list(evaluate(e)) == list(evaluate(e)) == []
-    assert len(caplog.records) == 1
+    said = [r for r in caplog.records if 'bad record' not in r.getMessage()]
+    assert len(said) == 1
     assert 'not evaluated' in caplog.text
 
 
@@ -372,7 +353,7 @@ def test_neither_maps_nor_neighbours_of_nothing(caplog):
         assert list(tsne.make()(same)) == []
     assert [r.getMessage().partition(': ')[2] for r in caplog.records] == [
         'there is no test split',
-        'there are too few images',
+        'there are too few records',
         'all features are the same',
     ]
 
@@ -394,7 +375,7 @@ def test_wrong_options_are_refused():
 
 
 def test_samples_are_spread_over_the_split():
-    assert evals.spread(10, 3).tolist() == [1, 5, 8]
-    assert evals.spread(2, 5).tolist() == [0, 1]
+    assert evaluation.spread(10, 3).tolist() == [1, 5, 8]
+    assert evaluation.spread(2, 5).tolist() == [0, 1]
     e = encoder({'train': dataset([0] * 4), 'test': dataset([0, 1, 2, 3, 4, 5])})
-    assert np.array_equal(e.sample(3), bright([1, 3, 5]))
+    assert np.array_equal(e.sample(3)['image'], bright([1, 3, 5]))

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import recall_score, top_k_accuracy_score
 
-from contrastive_jax import evals, parallel
+from contrastive_jax import parallel
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import retrieval, zeroshot
+from contrastive_jax.evaluation.subject import put
 
 D = 24
 
@@ -25,22 +26,22 @@ def encoder(
     x = np.zeros((4, D), np.float32) if x is None else x
     label = np.full(len(x), -1, np.int32) if label is None else label
 
-    def features(split, name='features'):
+    def features(split, name='features', _='label'):
         assert (split, name) == ('test', 'embedding')
         # As a last batch of 48 is padded.
         padding = -len(x) % 48
         padded = np.pad(x, ((0, padding), (0, 0))), np.pad(label, (0, padding), constant_values=-1)
-        return evals.put(mesh, *padded)
+        return put(mesh, *padded)
 
     def encode(some):
         assert len(set(some)) == len(some)
         table = np.stack([texts[text] for text in some]).astype(np.float32)
-        return evals.put(mesh, table, np.zeros(len(some), np.int32)).x_ND
+        return put(mesh, table, np.zeros(len(some), np.int32)).x_ND
 
     return SimpleNamespace(
         mesh=mesh,
         splits=('train', 'test'),
-        classes=list(classes),
+        classes={'label': list(classes)} if classes else {},
         reads_text=reads_text,
         features=features,
         texts=encode,
@@ -243,9 +244,7 @@ def test_zeroshot_names_templates_and_files(tmp_path):
     e = encoder(x, label, classes=NAMES)
     e.texts = lambda some: (
         asked.append(some)
-        or evals.put(
-            e.mesh, np.ones((len(some), D), np.float32), np.zeros(len(some), np.int32)
-        ).x_ND
+        or put(e.mesh, np.ones((len(some), D), np.float32), np.zeros(len(some), np.int32)).x_ND
     )
 
     def asks(**options):

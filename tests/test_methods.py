@@ -56,7 +56,7 @@ def make(name, model='vit', **options):
 def batch_of(name, seed=0):
     """With as many views as the method's config says."""
     found = batch(seed)
-    return {**found, 'views': found['views'][:, : small(name).data.views]}
+    return {**found, 'views': found['views'][:, : small(name).inputs.views]}
 
 
 def batch(seed=0):

@@ -103,17 +103,19 @@ def test_progress_counts_training_time_alone(monkeypatch):
     assert progress.line({'train/loss': 5.0}) == 'step 101/1100  loss 5'
     now += 10
     progress.step(201)
-    assert progress.values() == {'train/images_per_second': pytest.approx(640)}
+    assert progress.values() == {'train/examples_per_second': pytest.approx(640)}
     values = {'train/loss': 3.4119, 'train/learning_rate': 1.2e-3}
     line = progress.line(values, bad=2)
-    assert line == ('step 201/1100  loss 3.412  lr 0.0012  640 images/s  1:30 left  2 bad records')
+    assert line == (
+        'step 201/1100  loss 3.412  lr 0.0012  640 examples/s  1:30 left  2 bad records'
+    )
     with progress.pause():
         now += 20
     now += 10
     progress.step(301)
-    assert progress.values() == {'train/images_per_second': pytest.approx(640)}
+    assert progress.values() == {'train/examples_per_second': pytest.approx(640)}
     # 200 steps took 20 s and 20 s of evaluation; 799 remain.
-    assert progress.line({}) == 'step 301/1100  640 images/s  2:40 left'
+    assert progress.line({}) == 'step 301/1100  640 examples/s  2:40 left'
 
 
 @pytest.mark.parametrize(
@@ -127,8 +129,9 @@ def test_durations(seconds, text):
 def test_table():
     text = records.table(
         {
-            'knn, all labels': [0.98, None, 0.9912],
-            'linear, 10 labels per class': [0.9, math.nan, 1],
+            ('knn, all labels', '%'): [0.98, None, 0.9912],
+            ('linear, 10 labels per class', '%'): [0.9, math.nan, 1],
+            ('inpainting', 'dB'): [18.123, None, 27],
         },
         ['raw pixels', 'untrained', 'trained'],
     )
@@ -137,6 +140,7 @@ def test_table():
         '───────────────────────────────────────────────────────────',
         'knn, all labels                    98.0          –     99.1',
         'linear, 10 labels per class        90.0          –    100.0',
+        'inpainting (dB)                   18.12          –       27',
     ]
 
 
@@ -194,11 +198,18 @@ def test_float_views_are_clipped_and_scaled(tmp_path):
     assert list(row[18:129:37, 0]) == [0, 128, 255]
 
 
+MEASURES = {
+    f'{evaluator}/top1{key}': (f'{evaluator}{key}', '%')
+    for evaluator in ('knn', 'linear')
+    for key in ('', '_10_per_class')
+}
+
+
 def run() -> list[dict[str, Any]]:
     keys = ['top1', 'top1_10_per_class']
     records: list[dict[str, Any]] = [{'step': 0}]
     for evaluator in ('knn', 'linear'):
-        records[0] |= {f'eval/{evaluator}/{p}{k}': 0.9 for k in keys for p in ('', 'pixels_')}
+        records[0] |= {f'eval/{evaluator}/{p}{k}': 0.9 for k in keys for p in ('', 'baseline_')}
     for step in (1, 50, 100):
         records.append({'step': step, 'train/loss': 5 / step, 'train/learning_rate': 1e-3})
     records[2]['train/loss'] = None
@@ -210,7 +221,7 @@ def run() -> list[dict[str, Any]]:
 @pytest.mark.parametrize('records', [[], run()[1:2], run()[:1], run()[1:4], run()])
 def test_curves_of_whole_and_partial_runs(records, tmp_path):
     path = tmp_path / 'curves.png'
-    figures.write(figures.training_curves(records), path)
+    figures.write(figures.training_curves(records, MEASURES), path)
     image = Image.open(path)
     image.load()
     assert image.size[0] > 600
@@ -218,7 +229,8 @@ def test_curves_of_whole_and_partial_runs(records, tmp_path):
 
 
 def test_curves_show_what_was_recorded(tmp_path):
-    assert curves.accuracies(run()) == {
+    assert curves.drawn(run(), {}) == {}
+    assert curves.drawn(run(), MEASURES) == {
         e: [f'eval/{e}/top1', f'eval/{e}/top1_10_per_class'] for e in ('knn', 'linear')
     }
     steps, values = curves.series(run(), 'train/loss')

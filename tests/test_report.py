@@ -71,6 +71,7 @@ def run(workdir, name='simclr', temperature=0.1, steps=20, command=(), evil=''):
         {'step': 20, 'eval/knn/top1': 0.527, 'eval/knn/top1_std': 0.013, 'eval/collapse/rank': 9.0},
     ]
     write(workdir / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in logged).encode())
+    write(workdir / 'measures.json', json.dumps({'knn/top1': ('knn', '%')}).encode())
     write(workdir / 'parameters.txt', b'...\nTotal: 1,234 -- 5 bytes\n')
     bad = {'record': f'{evil}.png', 'reason': f'truncated {evil}'}
     write(workdir / 'bad_records.jsonl', (json.dumps(bad) + '\n{"rec').encode())
@@ -273,9 +274,9 @@ def test_the_commit_of_the_directory(tmp_path, monkeypatch):
     assert environment._git() is None
 
 
-def test_the_closing_table_and_the_page_have_the_same_rows():
+def test_the_closing_table_and_the_page_have_the_same_rows(tmp_path, capsys):
     logged = [
-        {'step': 0, 'eval/knn/top1': 0.3, 'eval/knn/pixels_top1': 0.2, 'eval/knn/top1_std': 0.1},
+        {'step': 0, 'eval/knn/top1': 0.3, 'eval/knn/baseline_top1': 0.2, 'eval/knn/top1_std': 0.1},
         {'step': 5, 'eval/knn/top1': 0.5, 'eval/knn/top1_10_per_class': 0.4},
         {'step': 9, 'eval/knn/top1': 0.6, 'train/loss': 1.0, 'eval/retrieval/a_to_b_r5': None},
     ]
@@ -285,8 +286,22 @@ def test_the_closing_table_and_the_page_have_the_same_rows():
         'knn/top1_10_per_class': [None, None, 0.4],
         'retrieval/a_to_b_r5': [None, None, None],
     }
-    assert records.titles(found) == {
-        'knn/top1': 'knn, all labels',
-        'knn/top1_10_per_class': 'knn, 10 labels per class',
-        'retrieval/a_to_b_r5': 'retrieval, a to b, R@5',
+    run(tmp_path)
+    write(tmp_path / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in logged).encode())
+    measures = {
+        'knn/top1': ('knn, all labels', '%'),
+        'knn/top1_10_per_class': ('knn, 10 labels per class', '%'),
+        'retrieval/a_to_b_r5': ('', ''),
+    }
+    records.describe(str(tmp_path), measures)
+    records.summary(str(tmp_path), 500)
+    printed = capsys.readouterr().out
+    page_ = page.render(report.read([str(tmp_path)]))
+    for title in ('knn, all labels', 'knn, 10 labels per class'):
+        assert title in printed
+        assert title in page_
+    assert 'a to b' not in printed
+    assert json.loads((tmp_path / 'results.json').read_text()) == {
+        'knn, all labels': {'baseline': 0.2, 'untrained': 0.3, 'trained': 0.6},
+        'knn, 10 labels per class': {'baseline': None, 'untrained': None, 'trained': 0.4},
     }

@@ -147,7 +147,7 @@ def test_a_run_with_captions_goes_on_with_the_same_bits(tmp_path):
         '--config.text.heads=2',
         '--config.method.projection=8',
         "--config.evals={'retrieval': {}}",
-        '--config.data.view_size=12',
+        '--config.inputs.view_size=12',
     ]
     finish(start(tmp_path / 'whole', tiny=tiny))
     kill(tmp_path / 'killed', 8, tiny)
@@ -232,7 +232,7 @@ def test_records_and_the_newest_checkpoints_are_kept(whole):
     recorded = json.loads((whole / 'environment.json').read_text())
     assert recorded['data']['splits'] == {'train': 1297, 'test': 500}
     assert '--config.total_steps=12' in recorded['starts'][0]['command']
-    for name in ('views.png', 'curves.png'):
+    for name in ('inputs.png', 'curves.png'):
         assert (whole / name).read_bytes().startswith(b'\x89PNG')
 
 
@@ -252,7 +252,7 @@ def test_eval_only(whole, tmp_path):
     record, baselines = records.read(whole)[-2:]
     assert (record['step'], baselines['step']) == (12, 0)
     assert 0.1 < record['eval/knn/top1'] <= 1
-    assert {'eval/knn/top1', 'eval/knn/pixels_top1'} <= baselines.keys()
+    assert {'eval/knn/top1', 'eval/knn/baseline_top1'} <= baselines.keys()
     assert parameters(whole).keys() == before.keys()
     out = finish(start(tmp_path / 'nothing', '--eval_only'), code=2)
     assert 'no run in' in out
@@ -311,8 +311,11 @@ def mistake(workdir, *flags):
         (['--config.data.source=digit'], ["'digit'", "Did you mean 'digits'", "'folder'"]),
         (['--config.optim.name=adam'], ["'adam'", "'adamw'", "'lars'"]),
         (["--config.evals={'kn': {}}"], ["'kn'", "'knn'"]),
-        (["--config.augment={'jiter': {}}"], ["'jiter'", "'jitter'"]),
-        (["--config.augment={'jitter': {'prob': 1, 'hu': 1}}"], ["'hu'", "Did you mean 'hue'"]),
+        (["--config.inputs.augment={'jiter': {}}"], ["'jiter'", "'jitter'"]),
+        (
+            ["--config.inputs.augment={'jitter': {'prob': 1, 'hu': 1}}"],
+            ["'hu'", "Did you mean 'hue'"],
+        ),
         (['--config.total_steps=0'], ['total_steps', 'total_epochs']),
         (['--config.batch_size=5000'], ['5000', '1297']),
         (['--config.data.source=folder'], ['--config.data.root=DIR']),

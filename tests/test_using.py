@@ -38,11 +38,11 @@ def started(workdir, name):
             config.update({'microbatch': 8, 'remat': True})
     mesh = parallel.make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
-        parts = experiment.build_parts(config, str(workdir), mesh)
-        state = parts.program.init()
+        parts = experiment.open(config, str(workdir), mesh)
+        state = parts.init()
     checkpoint.claim(workdir, config.to_dict())
-    if parts.tokenizer:
-        parts.tokenizer.save(workdir)
+    if parts.inputs.tokenizer:
+        parts.inputs.tokenizer.save(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.best)
     checkpoints.save(state, None, 2)
     checkpoints.close()
@@ -166,8 +166,8 @@ def test_what_cannot_be_encoded_is_said_by_name(clip, simclr, tmp_path):
     for given, expected in (
         ([photo(), tmp_path / 'cut.png'], 'cut.png'),
         (['nowhere.jpg'], 'nowhere.jpg: No such file'),
-        ([photo(), photo() / 255], r'images\[1\]: got float64'),
-        (photo(), r'images\[0\]: got uint8 \[60, 3\], expected'),
+        ([photo(), photo() / 255], r'items\[1\]: got float64'),
+        (photo(), r'items\[0\]: got uint8 \[60, 3\], expected'),
         ('a.jpg', 'one path'),
     ):
         with pytest.raises(UserError, match=expected):

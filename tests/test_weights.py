@@ -34,11 +34,12 @@ def simclr(tmp_path_factory):
     return started(tmp_path_factory.mktemp('simclr'), 'simclr_vit')
 
 
-def encoder_of(spec, size=16, **data):
+def encoder_of(spec, size=16, **inputs):
     """Random weights, every one of them off its initial value."""
     config = config_lib.base()
     config.model = spec
-    config.data.update({'image_size': size, **data})
+    config.inputs = config_lib.images()
+    config.inputs.update({'size': size, **inputs})
     module = config_lib.build('models', spec, 'model')
     x = np.zeros((1, size, size, 3), np.float32)
     trees = jax.eval_shape(lambda key: models.init(module, key, x), jax.random.key(0))
@@ -92,7 +93,7 @@ def test_what_is_written_for_others_is_read_back(name, target, tmp_path):
     spec = ENCODERS[name]
     size = 32 if spec['name'] == 'resnet' else 16
     found = encoder_of(spec, size, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
-    found.config.data.crop.interpolation = 'bilinear'
+    found.config.inputs.crop.interpolation = 'bilinear'
     images = images_of(size)
     x = (images / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.4, 0.3])
     expected = encoded_by(found, 'features', image=x.astype(np.float32))
@@ -101,8 +102,8 @@ def test_what_is_written_for_others_is_read_back(name, target, tmp_path):
     encoder = contrastive_jax.load(path, batch_size=2, model=pool)
     ours = encoder(images)
     assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
-    assert encoder.config.data.crop.interpolation == 'bilinear'
-    assert encoder.config.data.image_size == size
+    assert encoder.config.inputs.crop.interpolation == 'bilinear'
+    assert encoder.config.inputs.size == size
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_mistakes_in_files_are_listed(tmp_path):
             weights.read(timm_file(tmp_path, change))
     with pytest.raises(UserError, match='multiple of patch=4'):
         weights.read(timm_file(tmp_path), image_size=18)
-    assert weights.read(timm_file(tmp_path), image_size=24).config.data.image_size == 24
+    assert weights.read(timm_file(tmp_path), image_size=24).config.inputs.size == 24
 
 
 def test_no_pickle_is_opened(tmp_path):
@@ -355,7 +356,7 @@ def test_a_run_starts_from_a_file(tmp_path, frozen):
     assert 'activation' not in config.model
     mesh = parallel.make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state = experiment.build_parts(whole, None, mesh).program.init()
+        state = experiment.open(whole, None, mesh).init()
         encode = jax.jit(experiment.build_method(whole, {}).encode)
         image = images_of() / np.float32(255)
         found = encode(state.params, state.extra, {'image': image})['features']
@@ -364,4 +365,4 @@ def test_a_run_starts_from_a_file(tmp_path, frozen):
         with whole.unlocked():
             whole.model.depth = 1
         with pytest.raises(UserError, match=r'vit.safetensors do not fit this encoder'):
-            experiment.build_parts(whole, None, mesh).program.init()
+            experiment.open(whole, None, mesh).init()

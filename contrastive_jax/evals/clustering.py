@@ -12,7 +12,7 @@ import numpy as np
 
 from contrastive_jax import evaluation, parallel
 from contrastive_jax.config import UserError
-from contrastive_jax.evaluation import Evaluate, Measure, percent
+from contrastive_jax.evaluation import Evaluate, percent
 from contrastive_jax.evaluation.subject import Subject
 from contrastive_jax.networks.kmeans import kmeans
 
@@ -53,7 +53,7 @@ def make(
             raise UserError(f'{where}.{name}: got {value}, expected at least {least}.')
     say = evaluation.missed('clustering')
 
-    def evaluate(subject: Subject) -> Iterator[tuple[str, Measure]]:
+    def evaluate(subject: Subject) -> Iterator[tuple[str, float]]:
         from sklearn.metrics import normalized_mutual_info_score
 
         if reason := subject.missing(label):

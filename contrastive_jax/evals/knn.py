@@ -13,7 +13,7 @@ from jax import lax
 
 from contrastive_jax import evaluation, figures, parallel, similarity
 from contrastive_jax.config import UserError
-from contrastive_jax.evaluation import Evaluate, Measure, few_labels, percent
+from contrastive_jax.evaluation import Evaluate, few_labels, percent
 from contrastive_jax.evaluation.subject import Subject, gather
 
 TILE = 4096  # 64 MiB of scores: with large k, fewer merges of best ks count for more
@@ -66,7 +66,7 @@ def make(
     few = few_labels.named(per_class, fractions)
     say = evaluation.missed('kNN')
 
-    def evaluate(subject: Subject) -> Iterator[tuple[str, float | Measure | bytes]]:
+    def evaluate(subject: Subject) -> Iterator[tuple[str, float | bytes]]:
         if reason := subject.missing(label):
             say(reason)
             return

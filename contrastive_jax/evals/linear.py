@@ -18,7 +18,7 @@ from jax import lax
 
 from contrastive_jax import evaluation, parallel
 from contrastive_jax.config import UserError
-from contrastive_jax.evaluation import Evaluate, Measure, few_labels, logistic, percent
+from contrastive_jax.evaluation import Evaluate, few_labels, logistic, percent
 from contrastive_jax.evaluation.subject import Subject, gather, put
 
 STRENGTHS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2)
@@ -104,7 +104,7 @@ def make(
     few = few_labels.named(per_class, fractions)
     say = evaluation.missed('the linear classifier')
 
-    def probe(subject: Subject, output: str, prefix: str) -> Iterator[tuple[str, float | Measure]]:
+    def probe(subject: Subject, output: str, prefix: str) -> Iterator[tuple[str, float]]:
         train, test = subject.labelled(output, label), subject.features('test', output, label)
         classes = max(len(subject.classes[label]), int(train.label_N.max()) + 1)
         first = len(subject.features('train', output).label_N)  # of validation
@@ -141,7 +141,7 @@ def make(
             row = f'{title}, {few_labels.titled(name)}'
             yield from few_labels.over_draws(f'{prefix}top1_{name}', scores, row)
 
-    def evaluate(subject: Subject) -> Iterator[tuple[str, float | Measure]]:
+    def evaluate(subject: Subject) -> Iterator[tuple[str, float]]:
         if reason := subject.missing(label):
             say(reason)
             return

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from contrastive_jax import evaluation, parallel, similarity
 from contrastive_jax.config import UserError
-from contrastive_jax.evaluation import Evaluate, Measure, percent
+from contrastive_jax.evaluation import Evaluate, percent
 from contrastive_jax.evaluation.subject import Subject, put
 
 
@@ -54,7 +54,7 @@ def make(
         raise UserError(f'config.evals.retrieval.tile: got {tile}, expected at least 1.')
     say = evaluation.missed('Retrieval')
 
-    def evaluate(subject: Subject) -> Iterator[tuple[str, float | Measure]]:
+    def evaluate(subject: Subject) -> Iterator[tuple[str, float]]:
         reason, images_MD, captions = _pairs(subject, split)
         if reason:
             say(reason)

@@ -14,7 +14,7 @@ from etils import epath
 from contrastive_jax import config, evaluation, parallel
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import retrieval
-from contrastive_jax.evaluation import Evaluate, Measure, percent
+from contrastive_jax.evaluation import Evaluate, percent
 from contrastive_jax.evaluation.subject import Subject
 
 WHERE = 'config.evals.zeroshot'
@@ -73,7 +73,7 @@ def make(
         logging.warning('%s.classes: names of more than one class (%d) never win', WHERE, twice)
     say = evaluation.missed('Zero-shot classification')
 
-    def evaluate(subject: Subject) -> Iterator[tuple[str, float | Measure]]:
+    def evaluate(subject: Subject) -> Iterator[tuple[str, float]]:
         if reason := _missing(subject, split, label):
             say(reason)
             return

@@ -5,7 +5,7 @@ n: rows, h w: a map of patches, H W: an image, C: channels.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import logging
@@ -16,27 +16,30 @@ if TYPE_CHECKING:
 PERCENT = '%'
 
 
-class Measure(NamedTuple):
-    """A number that an evaluator has found, and how to print it.
+class Measure(float):
+    """A number that an evaluator has found, which says how to print it.
 
     Attributes:
-        value: the number; of PERCENT a fraction in [0, 1].
-        title: its row in the closing table; '' for a number that is in none.
-        unit: PERCENT, or what follows the number: 'dB'.
+        title: its row in the closing table.
+        unit: PERCENT, of a fraction in [0, 1]; or what follows the number: 'dB'; or ''.
     """
 
-    value: float
-    title: str = ''
-    unit: str = ''
+    title: str
+    unit: str
+
+    def __new__(cls, value: float, title: str, unit: str = '') -> 'Measure':
+        self = super().__new__(cls, value)
+        self.title, self.unit = title, unit
+        return self
 
 
 def percent(value: float, title: str) -> Measure:
     """A share in [0, 1], such as an accuracy."""
-    return Measure(float(value), title, PERCENT)
+    return Measure(value, title, PERCENT)
 
 
-# An evaluator yields numbers and figures, the bytes of PNG files, by name.
-Evaluate = Callable[['Subject'], Iterator[tuple[str, float | Measure | bytes]]]
+# An evaluator yields numbers, those with a title as Measures, and figures, the bytes of PNG files.
+Evaluate = Callable[['Subject'], Iterator[tuple[str, float | bytes]]]
 
 
 def spread(size: int, count: int) -> np.ndarray:

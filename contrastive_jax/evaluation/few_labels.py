@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from contrastive_jax.config import UserError
-from contrastive_jax.evaluation import Measure, percent
+from contrastive_jax.evaluation import percent
 
 
 def named(per_class: Sequence[int], fractions: Sequence[float]) -> dict[str, int | float]:
@@ -66,9 +66,7 @@ def titled(name: str) -> str:
     return f'{amount} labels per class' if kind == 'per_class' else f'{amount} % of labels'
 
 
-def over_draws(
-    name: str, values: Sequence[float], title: str
-) -> Iterator[tuple[str, float | Measure]]:
+def over_draws(name: str, values: Sequence[float], title: str) -> Iterator[tuple[str, float]]:
     """Mean and standard deviation of an accuracy over draws: `name` and `<name>_std`."""
     yield name, percent(float(np.mean(values)), title)
     yield f'{name}_std', float(np.std(values))

@@ -3,7 +3,7 @@
 Dimension key: B batch, T tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ import numpy as np
 
 from contrastive_jax import config, data
 from contrastive_jax.config import UserError
-from contrastive_jax.data import Record, Source
+from contrastive_jax.data import BadRecord, Record, Source
 from contrastive_jax.data import text as texts
-from contrastive_jax.inputs import Inputs, Row, images
+from contrastive_jax.inputs import Inputs, Row, Transform, images
 
 
 def make(*, text: Mapping[str, Any], **image: Any) -> Inputs:
@@ -39,9 +39,6 @@ def make(*, text: Mapping[str, Any], **image: Any) -> Inputs:
 def _with_text(
     of_images: Inputs, *, tokenizer: str, vocabulary: int, length: int, lower: bool
 ) -> Inputs:
-    shape = jax.ShapeDtypeStruct((length,), jnp.int32)
-    shapes = {**of_images.train.shapes, 'text': shape}
-
     def prepare(source: Source | None, folders: Sequence[str]) -> Inputs:
         options = {'length': length, 'lower': lower}
         kept = next((folder for folder in folders if any(texts.files(folder))), None)
@@ -57,19 +54,37 @@ def _with_text(
                 f'config.inputs.text.vocabulary: got {vocabulary}, but {tokenizer} has '
                 f'{found.vocabulary} tokens.'
             )
-
-        def host(record: Record, rng: np.random.Generator) -> Row:
-            row = of_images.train.host(record, rng)
-            # Drawn after the crops, which stay the same with and without captions.
-            captions = record.get('captions', [])
-            return {**row, 'text': found([captions[rng.integers(len(captions))]])[0]}
-
-        train = of_images.train._replace(host=host, shapes=shapes)
+        train = with_text(of_images.train, found, length)
         return described._replace(train=train, tokenizer=found, prepare=None)
 
+    # Not prepared, it is good for its shapes.
     described = of_images._replace(
-        train=of_images.train._replace(shapes=shapes),
+        train=with_text(of_images.train, None, length),
         reads=(*of_images.reads, 'captions'),
         prepare=prepare,
     )
     return described
+
+
+def with_text(
+    transform: Transform, tokenize: Callable[[Sequence[str]], np.ndarray] | None, length: int
+) -> Transform:
+    """A transform of images that also draws one of a record's captions.
+
+    Args:
+        transform: of the images.
+        tokenize: n texts to [n, T] int32; None: only shapes are asked for.
+        length: T.
+    """
+
+    def host(record: Record, rng: np.random.Generator) -> Row:
+        assert tokenize, 'the inputs are not prepared'
+        row = transform.host(record, rng)
+        # Drawn after the crops, which stay the same with and without captions.
+        captions = record.get('captions', [])
+        if not captions:
+            raise BadRecord('no caption')
+        return {**row, 'text': tokenize([captions[rng.integers(len(captions))]])[0]}
+
+    shape = jax.ShapeDtypeStruct((length,), jnp.int32)
+    return transform._replace(host=host, shapes={**transform.shapes, 'text': shape})

@@ -42,7 +42,7 @@ class ArrayRecords:
         # Lazily: grain costs 1 to 2 s, which whoever only packs or lists need not pay twice.
         from grain.sources import ArrayRecordDataSource
 
-        self.classes, self.name, self._count = labelled(classes), name, len(classes)
+        self.classes, self.name, self._names = labelled(classes), name, classes
         try:
             self._records: Any = ArrayRecordDataSource(list(paths))
             self._count = len(self._records)
@@ -64,8 +64,8 @@ class ArrayRecords:
             raise BadRecord(f'damaged record: {type(error).__name__}: {error}') from error
         if not self.classes:
             label = -1
-        elif not 0 <= label < self._count:
-            raise BadRecord(f'label {label} is not one of the {self._count} classes')
+        elif not 0 <= label < len(self._names):
+            raise BadRecord(f'label {label} is not one of the {len(self._names)} classes')
         return {'image': decode(data), 'label': label}
 
     def describe(self, index: int) -> str:

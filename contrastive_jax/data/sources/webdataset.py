@@ -86,7 +86,7 @@ class WebDataset:
     """
 
     def __init__(self, root: str, samples: list[Sample], classes: list[str]):
-        self.root, self.samples, self._count = root, samples, len(classes)
+        self.root, self.samples, self._names = root, samples, classes
         self.classes = labelled(classes)
 
     def __len__(self) -> int:
@@ -95,8 +95,8 @@ class WebDataset:
     def __getitem__(self, index: int) -> Record:
         sample = self.samples[index]
         label = sample.label() if self.classes else -1
-        if label >= self._count:
-            raise BadRecord(f'label {label} is not one of the {self._count} classes')
+        if label >= len(self._names):
+            raise BadRecord(f'label {label} is not one of the {len(self._names)} classes')
         picture = next(suffix for suffix in SUFFIXES if suffix in sample.members)
         return {'image': decode(sample.read(picture)), 'label': label}
 
