@@ -1,7 +1,10 @@
 """README and docs: links lead somewhere, commands name what exists, and the door stays small."""
 
+import ast
+import importlib
 import importlib.util
 import inspect
+import json
 import pathlib
 import re
 import runpy
@@ -15,6 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / 'README.md'
 PAGES = [README, *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'launch/README.md']
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
+NOTEBOOK = ROOT / 'launch/colab/simclr_quickstart.ipynb'
 pages = pytest.mark.parametrize('page', TEXT)
 
 
@@ -57,6 +61,28 @@ def test_paths_and_programs_exist(page):
         assert list(ROOT.glob(path)), f'{page}: {path}'
     for name in re.findall(r'python -m (contrastive_jax[\w.]*)', TEXT[page]):
         assert importlib.util.find_spec(name), f'{page}: {name}'
+
+
+def test_python_that_is_shown_names_what_exists():
+    """All that README, docs and the notebook import from this package and use of it."""
+    fence = re.compile(r'^```python\n(.*?)^```', re.DOTALL | re.MULTILINE)
+    cells = [c for c in json.loads(NOTEBOOK.read_text())['cells'] if c['cell_type'] == 'code']
+    shown = [code for text in TEXT.values() for code in fence.findall(text)]
+    shown.append('\n'.join(''.join(cell['source']) for cell in cells))
+    used = 0
+    for code in shown:
+        nodes = list(ast.walk(ast.parse(code)))
+        modules = {'contrastive_jax': importlib.import_module('contrastive_jax')}
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.module == 'contrastive_jax':
+                for alias in node.names:
+                    modules[alias.name] = importlib.import_module(f'contrastive_jax.{alias.name}')
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                name = node.value.id
+                used += name in modules
+                assert name not in modules or hasattr(modules[name], node.attr), ast.unparse(node)
+    assert used >= 4
 
 
 @pages
