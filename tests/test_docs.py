@@ -95,6 +95,24 @@ def test_configs_and_presets_that_are_named_build(page):
             assert not preset, f'{page}: {name}.py:{preset}'
 
 
+def keys(tree, above=''):
+    """All keys of a config and of the dicts in it, with what leads to them."""
+    for name, value in tree.items():
+        yield f'{above}{name}'
+        if hasattr(value, 'items'):
+            yield from keys(value, f'{above}{name}.')
+
+
+def test_keys_that_are_named_can_be_set():
+    known = set()
+    for config in EVERY:
+        for preset in presets(config):
+            known |= set(keys(runpy.run_path(str(config))['get_config'](preset)))
+    for page in TEXT:
+        for key in re.findall(r'(?:--|`)config\.(\w[\w.]*\w)(?=[=`])', TEXT[page]):
+            assert key in known or key == 'json', f'{page}: config.{key}'
+
+
 def test_presets_are_listed_where_the_configs_say():
     """docs/presets.md has every preset of every config, and no other."""
     usual, texts, evaluators = re.split(r'^## ', TEXT['docs/presets.md'], flags=re.MULTILINE)[1:]
