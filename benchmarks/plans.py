@@ -1,10 +1,10 @@
-"""What shipped recipes need of slices that are not there, as JSON lines and as a table.
+"""Plans of the shipped recipes for slices that are not there, as JSON lines and as a table.
 
-    python benchmarks/plans.py OUT.jsonl [PART_OF_CONFIG_OR_TOPOLOGY ...] > plans.md
+    python benchmarks/plans.py OUT.jsonl [PART_OF_CONFIG_OR_TOPOLOGY ...]
 
-Runs `python -m contrastive_jax.plan` for each case, one after the other, minutes each; plans that
-OUT.jsonl has already are not made again. TPUs need libtpu (the [tpu] extra), GPUs XLA's plugin for
-them; the command says how to install what is missing.
+The table is that of docs/plans.md. Runs `python -m contrastive_jax.plan` for each case, one after
+the other, minutes each; plans that OUT.jsonl has already are not made again. TPUs need libtpu (the
+[tpu] extra), GPUs XLA's plugin for them; the command says how to install what is missing.
 """
 
 import json
@@ -51,7 +51,7 @@ CASES = {
         for preset in ('cifar10', 'folder')
     },
 }
-# Pictures that a source without a size of its own is taken to have: a folder, CC3M, LAION-400M, and
+# Images that a source without a size of its own is taken to have: a folder, CC3M, LAION-400M, and
 # WebLI's for SigLIP's 9 billion examples.
 IMAGES = {
     'folder': 100_000,

@@ -170,7 +170,7 @@ def torch_call(loss: str, variant: str, a: Any, b: Any) -> Call:
 
 
 def turn(loss: str, variant: str, B: int, D: int, repeats: int) -> dict[str, Any]:
-    """What one variant takes, in this process, and what its results are known by."""
+    """Time and memory of one variant in this process, and numbers to check its results by."""
     import numpy as np
 
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What a contrastive loss asks of TPUs and GPUs that are not there: memory, compute, collectives.
+"""Memory, compute and collectives of contrastive losses on TPUs and GPUs that are not there.
 
     pip install -e '.[tpu]' && python benchmarks/similarity_tpu.py [--dense] [--topology=v5e:2x4]
 

@@ -1,4 +1,4 @@
-"""What a method costs beyond its encoder: the time of a training step, as a ratio to SimCLR's.
+"""Cost of a method beyond its encoder: the time of a training step, as a ratio to SimCLR's.
 
     python benchmarks/step_time.py [--preset=cifar10_small] [--only=moco,byol] [--turns=6]
 

@@ -2,14 +2,7 @@
 
     python -m contrastive_jax.main --config=configs/clip_vit.py --workdir=runs/clip
 
-| preset | data | made for |
-|---|---|---|
-| `:digits` (the default) | grids of digits with captions, embedded | 2 CPU cores, 3 minutes |
-| `:flickr8k` | Flickr8k: `--config.data.root=DIR` | 2 CPU cores, 20 minutes |
-| `:captions` | your pictures and captions: `--config.data.root=DIR` | one GPU |
-| `:webdataset` | tars of pictures and captions: `--config.data.root=DIR`; CC3M's size | 8 GPUs |
-| `:openai` | the same at the paper's scale, ViT-B/32 | a TPU or GPU slice |
-| `:lit` | your captions; the image encoder of `--config.init_from=WORKDIR`, frozen | one GPU |
+Presets: those of images and captions and `:openai` (docs/presets.md).
 """
 
 from contrastive_jax import config as config_lib

@@ -2,43 +2,30 @@
 
     python -m contrastive_jax.main --config=configs/dinov2.py --workdir=runs/dinov2
 
-| preset | data | made for |
-|---|---|---|
-| `:digits` (the default) | scikit-learn's handwritten digits, embedded | 2 CPU cores, 3 minutes |
-| `:cifar10_small` | CIFAR-10 | 2 CPU cores, 5 minutes |
-| `:cifar10` | CIFAR-10 through TFDS | one GPU |
-| `:imagenet` | ImageNet through TFDS | a TPU or GPU slice |
-| `:folder` | your pictures: `--config.data.root=DIR` | one GPU |
+Presets: the usual ones (docs/presets.md).
 """
 
 from contrastive_jax import config as config_lib
 from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
+# The decay rises from the one to the other.
+DECAY = {'weight_decay': 0.04, 'final_weight_decay': 0.4}
+
 
 def digits(c: Config) -> None:
     recipes.digits_vit(c, steps=700, pool='cls')
     recipes.multi_crop(c, scale=0.5, local=2, size=8)
     c.inputs.local_scale = (0.2, 0.5)
-    c.method = {
-        'name': 'dinov2',
-        'prototypes': 512,
-        'hidden': 256,
-        'bottleneck': 64,
-        'momentum': 0.98,
-    }
+    head = {'prototypes': 512, 'hidden': 256, 'bottleneck': 64}
+    c.method = {'name': 'dinov2', **head, 'momentum': 0.98}
 
 
 def cifar10_small(c: Config) -> None:
     """With the small ViT: it has patches to mask."""
     recipes.cifar10_small_vit(c, steps=650, pool='cls')
-    c.method = {
-        'name': 'dinov2',
-        'prototypes': 256,
-        'hidden': 512,
-        'bottleneck': 128,
-        'momentum': 0.95,
-    }
+    head = {'prototypes': 256, 'hidden': 512, 'bottleneck': 128}
+    c.method = {'name': 'dinov2', **head, 'momentum': 0.95}
 
 
 def cifar10(c: Config) -> None:
@@ -48,14 +35,7 @@ def cifar10(c: Config) -> None:
     del c.inputs.augment.blur
     c.model = {'name': 'vit', 'size': 'Ti', 'patch': 4, 'pool': 'cls', 'dtype': 'bfloat16'}
     c.method = {'name': 'dinov2', 'prototypes': 4096, 'momentum': 0.996}
-    c.optim = {
-        'name': 'adamw',
-        'learning_rate': 5e-4,
-        'weight_decay': 0.04,
-        'final_weight_decay': 0.4,
-        'warmup': 0.1,
-        'clip_norm': 3.0,
-    }
+    c.optim = {'name': 'adamw', 'learning_rate': 5e-4, **DECAY, 'warmup': 0.1, 'clip_norm': 3.0}
 
 
 def imagenet(c: Config) -> None:
@@ -73,8 +53,7 @@ def imagenet(c: Config) -> None:
         'learning_rate': 0.004,
         'scaling': 'sqrt',
         'layer_decay': 0.9,
-        'weight_decay': 0.04,
-        'final_weight_decay': 0.4,
+        **DECAY,
         'warmup': 0.1,
         'final_fraction': 1e-6 / 0.004,
         'clip_norm': 3.0,

@@ -2,14 +2,7 @@
 
     python -m contrastive_jax.main --config=configs/moco.py --workdir=runs/moco
 
-| preset | data | made for |
-|---|---|---|
-| `:digits` (the default) | scikit-learn's handwritten digits, embedded | 2 CPU cores, 3 minutes |
-| `:cifar10_small` | CIFAR-10 | 2 CPU cores, 5 minutes |
-| `:cifar10` | CIFAR-10 through TFDS | one GPU |
-| `:imagenet` | ImageNet through TFDS | a TPU or GPU slice |
-| `:imagenet_v1` | the same; MoCo v1 | a TPU or GPU slice |
-| `:folder` | your pictures: `--config.data.root=DIR` | one GPU |
+Presets: the usual ones and `:imagenet_v1` (docs/presets.md).
 """
 
 from contrastive_jax import config as config_lib
@@ -27,13 +20,7 @@ def digits(c: Config) -> None:
 def cifar10_small(c: Config) -> None:
     """Without BatchNorm in the head, kNN was the untrained encoder's after 400 steps."""
     recipes.cifar10_small(c, steps=1000)
-    c.method = {
-        **SMALL,
-        'temperature': 0.1,
-        'queue': 1024,
-        'batch_norm': True,
-        'symmetric': True,
-    }
+    c.method = {**SMALL, 'temperature': 0.1, 'queue': 1024, 'batch_norm': True, 'symmetric': True}
 
 
 def cifar10(c: Config) -> None:

@@ -2,14 +2,7 @@
 
     python -m contrastive_jax.main --config=configs/moco_v3.py --workdir=runs/moco_v3
 
-| preset | data | made for |
-|---|---|---|
-| `:digits` (the default) | scikit-learn's handwritten digits, embedded | 2 CPU cores, 3 minutes |
-| `:cifar10_small` | CIFAR-10 | 2 CPU cores, 5 minutes |
-| `:cifar10` | CIFAR-10 through TFDS | one GPU |
-| `:imagenet` | ImageNet through TFDS | a TPU or GPU slice |
-| `:imagenet_resnet` | the same; ResNet-50 | a TPU or GPU slice |
-| `:folder` | your pictures: `--config.data.root=DIR` | one GPU |
+Presets: the usual ones and `:imagenet_resnet` (docs/presets.md).
 """
 
 from contrastive_jax import config as config_lib

@@ -2,13 +2,7 @@
 
     python -m contrastive_jax.main --config=configs/pcl.py --workdir=runs/pcl
 
-| preset | data | made for |
-|---|---|---|
-| `:digits` (the default) | scikit-learn's handwritten digits, embedded | 2 CPU cores, 3 minutes |
-| `:cifar10_small` | CIFAR-10 | 2 CPU cores, 5 minutes |
-| `:cifar10` | CIFAR-10 through TFDS | one GPU |
-| `:imagenet` | ImageNet through TFDS | a TPU or GPU slice |
-| `:folder` | your pictures: `--config.data.root=DIR` | one GPU |
+Presets: the usual ones (docs/presets.md).
 """
 
 from contrastive_jax import config as config_lib

@@ -2,29 +2,16 @@
 
     python -m contrastive_jax.main --config=configs/siglip_vit.py --workdir=runs/siglip
 
-| preset | data | made for |
-|---|---|---|
-| `:digits` (the default) | grids of digits with captions, embedded | 2 CPU cores, 3 minutes |
-| `:flickr8k` | Flickr8k: `--config.data.root=DIR` | 2 CPU cores, 15 minutes |
-| `:captions` | your pictures and captions: `--config.data.root=DIR` | one GPU |
-| `:webdataset` | tars of pictures and captions: `--config.data.root=DIR`; CC3M's size | 8 GPUs |
-| `:webli` | the same at the paper's scale, ViT-B/16 | a TPU or GPU slice |
-| `:lit` | your captions; the image encoder of `--config.init_from=WORKDIR`, frozen | one GPU |
+Presets: those of images and captions and `:webli` (docs/presets.md).
 """
 
 from contrastive_jax import config as config_lib
 from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
-# Its texts are seen both ways.
-BOTH_WAYS = {'causal': False}
-SIGLIP = {
-    'name': 'siglip',
-    'projection': 768,
-    'logit_scale': 10.0,
-    'logit_bias': -10.0,
-    'locked': False,
-}
+BOTH_WAYS = {'causal': False}  # every token of a text sees every other
+START = {'logit_scale': 10.0, 'logit_bias': -10.0}
+SIGLIP = {'name': 'siglip', 'projection': 768, **START, 'locked': False}
 # −10 is for batches of thousands, in which as many times more pairs do not match.
 SMALL_BATCH = {**SIGLIP, 'logit_bias': -2.71}
 
@@ -49,8 +36,7 @@ def captions(c: Config) -> None:
 def webdataset(c: Config) -> None:
     recipes.captions(c, batch=1024, source='webdataset')
     c.text.update(BOTH_WAYS)
-    c.method = SIGLIP
-    c.data.holdout = 0.001
+    c.method, c.data.holdout = SIGLIP, 0.001
     c.optim.update({'warmup': 0.02, 'b2': 0.95, 'clip_norm': 1.0})
 
 
@@ -75,12 +61,8 @@ def webli(c: Config) -> None:
 def lit(c: Config) -> None:
     """SigLiT on captions of one's own: rate, warm-up and start of big_vision's COCO example."""
     captions(c)
-    c.method = {**SMALL_BATCH, 'projection': 384, 'locked': True}
-    c.batch_size = 512
-    c.optim = {
-        **{'name': 'adamw', 'learning_rate': 5e-4, 'weight_decay': 0.1, 'warmup': 0.03},
-        'clip_norm': 1.0,
-    }
+    c.batch_size, c.method = 512, {**SMALL_BATCH, 'projection': 384, 'locked': True}
+    c.optim.update({'learning_rate': 5e-4, 'warmup': 0.03, 'clip_norm': 1.0})
 
 
 def get_config(arg: str | None = None) -> Config:

@@ -2,17 +2,7 @@
 
     python -m contrastive_jax.main --config=configs/simclr_resnet.py --workdir=runs/resnet
 
-| preset | data | made for |
-|---|---|---|
-| `:digits` (the default) | scikit-learn's handwritten digits, embedded | 2 CPU cores, 3 minutes |
-| `:cifar10_small` | CIFAR-10 | 2 CPU cores, 7 minutes |
-| `:flickr8k` | Flickr8k's pictures: `--config.data.root=DIR` | 2 CPU cores, 7 minutes |
-| `:cifar10` | CIFAR-10 through TFDS; the authors' ResNet-18 | one GPU |
-| `:imagenet` | ImageNet through TFDS; the paper's ResNet-50 | a TPU or GPU slice |
-| `:folder` | your pictures: `--config.data.root=DIR` | one GPU |
-
-CIFAR-10 as a folder: `--config.data.source=folder --config.data.root=DIR`, which holds
-`{train,test}/<class>/*.png`.
+Presets: the usual ones and `:flickr8k` (docs/presets.md).
 
 Our NT-Xent is the mean over all views, half of the sum that the authors' code takes; LARS makes
 the step independent of that factor but for the weight decay, which counts twice here.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.sh starts on every worker of a slice, in the copy of the repository there:
+# Started by launch/tpu_vm.sh on every worker of a slice, in the copy of the repository there:
 # ends what an earlier start left, installs, trains, and keeps the log on the bucket.
 #
 #   launch/tpu_worker.sh gs://BUCKET/NAME --config=FILE [--config.key=value ...]

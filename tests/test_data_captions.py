@@ -163,7 +163,7 @@ def test_empty_captions_and_unusable_lines_are_left_out_and_said(tmp_path):
     assert 'not JSON' in reasons['x.jsonl line 6']
     with pytest.raises(BadRecord, match='no caption'):
         source[1]
-    with pytest.raises(BadRecord, match=r'no such picture: .*gone.png'):
+    with pytest.raises(BadRecord, match=r'no such image: .*gone.png'):
         source[2]
     assert source.captions(2) == ['d']
     # An opening quotation mark in a TSV quotes nothing; too many fields are no caption.
@@ -230,7 +230,7 @@ def test_caption_files_that_do_not_fit_are_explained(tmp_path):
         'image,caption,split\n0.png,a,west\n': "unknown split 'west'; expected 'train', 'val'",
         'image,caption,split\n0.png,a,test\n': 'no image is in the split train',
         'image,caption,split\n0.png,a,test\n0.png,a,train\n': '0.png is in the splits test and tr',
-        'image,caption\n9.png,a\n': 'none of the 1 pictures in .*x.csv exists; .*images/9.png',
+        'image,caption\n9.png,a\n': 'none of the 1 images in .*x.csv exists; .*images/9.png',
         '{"images": [': 'x.csv: unreadable: ',
         '{"a": 1}': 'no image column; it has a',
         '[1, 2]': 'not the layout that it seems',
@@ -341,7 +341,7 @@ def test_damaged_tars_are_named(tmp_path):
         tar.addfile(tarfile.TarInfo('a.png'))
     refuse(r"a.tar' is truncated, damaged or compressed", tmp_path, open_tars)
     write_tar(path, [('a.txt', 'a')])
-    refuse(r'has no pictures in .*a.tar', tmp_path, open_tars)
+    refuse(r'has no images in .*a.tar', tmp_path, open_tars)
     refuse(r'not set: --config.data.root=DIR. Expected: a tar', '', open_tars)
     refuse(r"there is no '.*b-01.tar'", tmp_path / 'b-{01..02}.tar', open_tars)
 

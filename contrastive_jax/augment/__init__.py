@@ -76,7 +76,7 @@ def make(
     Raises:
         UserError: unknown operation or option, or an option out of its range.
     """
-    _check_moments(mean, std)
+    _check_mean_and_std(mean, std)
     for name, value, least in (('local_views', local_views, 0), ('local_size', local_size, 1)):
         if value < least:
             raise config.UserError(f'config.data.{name}: got {value}, expected at least {least}.')
@@ -125,8 +125,8 @@ def _one(
                 f'{frame.where}: expected views uint8{["B", *expected]}, got {got}.'
             )
         x_BVCHW = jnp.moveaxis(views_BVHWC, 4, 2).astype(jnp.float32) / 255
-        # One draw for all, and of two axes: on the CPU, compiling one costs half a second for two
-        # axes and three seconds for four.
+        # One draw for all operations, and of two axes: on a CPU, XLA takes longer to compile a draw
+        # with every axis.
         draw_key, noise_key = jax.random.split(key)
         draws = jax.random.uniform(draw_key, (len(x_BVCHW), views * len(ORDER) * DRAWS))
         draws = draws.reshape((len(x_BVCHW), views, len(ORDER), DRAWS))
@@ -140,14 +140,14 @@ def _one(
 def normalize(
     images: jax.Array | np.ndarray, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
-    """What evaluation sees: uint8 [..., H, W, 3] to float32 (x / 255 - mean) / std.
+    """Standardises images as evaluators see them: uint8 to float32 (x / 255 - mean) / std.
 
     Args:
-        images: uint8, channels last.
+        images: [..., H, W, 3] uint8.
         mean: of each channel, in units of [0, 1].
         std: of each channel, in units of [0, 1].
     """
-    _check_moments(mean, std)
+    _check_mean_and_std(mean, std)
     return _standardise(jnp.asarray(images).astype(jnp.float32) / 255, mean, std)
 
 
@@ -157,7 +157,7 @@ def _standardise(x: jax.Array, mean: Sequence[float], std: Sequence[float]) -> j
     return (x - mean_) / std_
 
 
-def _check_moments(mean: Sequence[float], std: Sequence[float]) -> None:
+def _check_mean_and_std(mean: Sequence[float], std: Sequence[float]) -> None:
     for name, value in (('mean', mean), ('std', std)):
         if np.shape(value) != (3,) or not np.all(np.isfinite(np.asarray(value, np.float32))):
             raise config.UserError(f'{name}: expected one number a channel (3), got {value!r}.')

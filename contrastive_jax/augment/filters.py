@@ -28,7 +28,7 @@ def noise(frame: Frame, *, prob: float | Sequence[float], std: float = 0.1) -> A
 
     def apply(key: jax.Array, draw: jax.Array, x: jax.Array) -> jax.Array:
         scale = spread(jnp.where(coin(draw), std, 0.0), x)
-        # Two axes, because five take seconds to compile on the CPU.
+        # Two axes, because XLA is slow to compile a draw of five on a CPU.
         normal = jax.random.normal(key, (len(x), x[0].size)).reshape(x.shape)
         return jnp.clip(x + scale * normal, 0, 1)
 
@@ -97,7 +97,7 @@ def blur_by(x_BVCHW: jax.Array, sigma_BV: jax.Array, on_BV: jax.Array, radius: i
     weight_BVT = jnp.where(on_BV[..., None], weight_BVT, distance_T == 0)
     band_BVHH = jnp.einsum('bvt,tij->bvij', weight_BVT, sees_THH, precision='highest')
     rows = jnp.einsum('bvchw,bvxw->bvchx', x_BVCHW, band_BVHH, precision='highest')
-    # The band repeated for each channel is a plain batched product: half the time on the CPU.
+    # Repeated for each channel, the band makes a plain batched product, which XLA does best.
     band_BVCHH = jnp.broadcast_to(band_BVHH[:, :, None], x_BVCHW.shape)
     return jnp.einsum('bvcyh,bvchx->bvcyx', band_BVCHH, rows, precision='highest')
 

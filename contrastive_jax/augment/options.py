@@ -1,4 +1,4 @@
-"""What an operation is told of the batch, and the options that operations share."""
+"""The frame that tells an operation of the batch, and the options that operations share."""
 
 import math
 from collections.abc import Callable, Sequence

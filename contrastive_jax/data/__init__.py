@@ -77,7 +77,7 @@ class Subset:
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
-        """What the whole source left out."""
+        """(name, reason) for all that the whole source left out."""
         return getattr(self.source, 'skipped', [])
 
 

@@ -21,13 +21,13 @@ from etils import epath
 from contrastive_jax.config import UserError
 
 START, END = '<|startoftext|>', '<|endoftext|>'
-# What known vocabularies call them; GPT-2 has one token for both, T5 no start.
+# Their names in known vocabularies; GPT-2 has one token for both, T5 no start.
 STARTS = (START, '<start_of_text>', '<|begin_of_text|>', '[CLS]', '<s>', '<bos>', END)
 ENDS = (END, '<end_of_text>', '<|end_of_text|>', '[SEP]', '</s>', '<eos>')
 # GPT-2's words, with marks (vowel signs of Hindi, Thai, ...) counted as letters; CLIP's.
 WORDS = r' ?[\p{L}\p{M}]+| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+'
 CLIP_WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-# What a tokenizer's file is called beside a run.
+# The name of a tokenizer's file in a workdir, by its suffix.
 FILES = {'.json': 'tokenizer.json', '.model': 'tokenizer.model', '.gz': 'tokenizer.txt.gz'}
 EXPECTED = (
     "Expected: a tokenizer.json of Hugging Face's tokenizers or a directory with one, CLIP's "
@@ -36,7 +36,7 @@ EXPECTED = (
 
 
 class Vocabulary(NamedTuple):
-    """What each library gives: between lists of texts and of ids, without `start` and `end`."""
+    """A library's way between lists of texts and of ids, without `start` and `end`."""
 
     encode: Callable[[list[str]], list[list[int]]]
     decode: Callable[[list[int]], str]
@@ -211,7 +211,7 @@ def _words(lib: Any, pattern: str) -> Any:
 
 
 def _of(model: Any) -> Vocabulary:
-    """What a tokenizers.Tokenizer gives; an end of -1 where it has none."""
+    """The vocabulary of a tokenizers.Tokenizer; an end of -1 where it has none."""
     model.no_truncation()
     model.no_padding()
     model.encode_special_tokens = True  # a caption that says '<|endoftext|>' ends no text

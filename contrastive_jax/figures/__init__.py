@@ -1,6 +1,6 @@
 """Pictures of a run. Each function gives the bytes of a PNG file; `write` makes it one.
 
-`sheets` are tiles of pictures, by Pillow: augmented views, what a search has found, neighbours,
+`sheets` are tiles of images, by Pillow: augmented views, what a search has found, neighbours,
 attention. `curves` and `plots` are Matplotlib's, imported when a figure is drawn, and without
 pyplot: no global state, no display.
 """

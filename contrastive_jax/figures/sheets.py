@@ -1,4 +1,4 @@
-"""Sheets of pictures side by side: augmented views, what a search has found, heat maps.
+"""Sheets of images side by side: augmented views, what a search has found, heat maps.
 
 B: images, V: views, L: local views, H W C.
 """
@@ -65,7 +65,7 @@ def views_grid(
 
 
 class Tile(NamedTuple):
-    """A picture, [H, W, 3] uint8 or None, two lines to write below it, and a frame's colour."""
+    """An image, [H, W, 3] uint8 or None, two lines to write below it, and a frame's colour."""
 
     image: np.ndarray | None
     label: str = ''
@@ -79,7 +79,7 @@ def contact_sheet(
     """Draws what was found for each query below it, ten in a row.
 
     Args:
-        found: for every query its text, its picture if it is one, and the tiles, best first.
+        found: for every query its text, its image if it is one, and the tiles, best first.
         side: pixels of a tile.
     """
     title = font(17)
@@ -127,7 +127,7 @@ def tile_rows(rows: Sequence[Sequence[Tile]], headings: Sequence[str] = ()) -> b
     """Draws rows of tiles, the first of each apart from the others.
 
     Args:
-        rows: tiles whose pictures have one size; rows may differ in length.
+        rows: tiles whose images have one size; rows may differ in length.
         headings: of the columns.
     """
     height, width = next(t.image.shape[:2] for row in rows for t in row if t.image is not None)
@@ -148,18 +148,18 @@ def tile_rows(rows: Sequence[Sequence[Tile]], headings: Sequence[str] = ()) -> b
 
 
 def _tile(sheet: Image.Image, tile: Tile, x: int, y: int, side: int) -> None:
-    """A whole picture in the middle of a square; a small one enlarged by whole pixels."""
+    """A whole image in the middle of a square; a small one enlarged by whole pixels."""
     draw = ImageDraw.Draw(sheet)
     draw.rectangle((x, y, x + side - 1, y + side - 1), FAINT)
     if tile.image is None:
         text_line(sheet, 'cannot be read', x + 8, y + side // 2 - 7, side, font(11), GREY)
     else:
-        picture = Image.fromarray(tile.image)
-        scale, resample = side / max(picture.size), Image.Resampling.LANCZOS
+        image = Image.fromarray(tile.image)
+        scale, resample = side / max(image.size), Image.Resampling.LANCZOS
         if scale >= 2:
             scale, resample = int(scale), Image.Resampling.NEAREST
-        w, h = (max(1, round(n * scale)) for n in picture.size)
-        sheet.paste(picture.resize((w, h), resample), (x + (side - w) // 2, y + (side - h) // 2))
+        w, h = (max(1, round(n * scale)) for n in image.size)
+        sheet.paste(image.resize((w, h), resample), (x + (side - w) // 2, y + (side - h) // 2))
     if tile.frame:
         draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), None, tile.frame, 2)
     text_line(sheet, tile.label, x, y + side + 4, side, font(11, '-Bold'), tile.frame or INK)
@@ -167,6 +167,6 @@ def _tile(sheet: Image.Image, tile: Tile, x: int, y: int, side: int) -> None:
 
 
 def _columns(B: int, V: float) -> int:
-    """How many images side by side: near a square picture, and with a full last row if possible."""
+    """Images side by side: for a sheet near a square, with a full last row if possible."""
     ideal = math.sqrt(B / V) * 1.2
     return min(range(1, B + 1), key=lambda c: (abs(c - ideal) + 0.6 * (-B % c), -c))

@@ -1,4 +1,4 @@
-"""What all pictures of a run share: colours, type, and how they become files."""
+"""Colours, type and files of all pictures of a run."""
 
 import io
 from typing import Any

@@ -103,7 +103,7 @@ class Block(nn.Module):
         return x + self._branch('layer_scale2', y, batch, train), None if train else weights
 
     def _branch(self, name: str, y: jax.Array, batch: int, train: bool) -> jax.Array:
-        """What is added to the residual stream of a branch's output."""
+        """A branch's output, scaled and maybe dropped, as the residual stream adds it."""
         if self.layer_scale is not None:
             start = nn.initializers.constant(self.layer_scale)
             y = y * self.param(name, start, (y.shape[-1],)).astype(y.dtype)[None, :]

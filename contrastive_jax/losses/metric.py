@@ -148,7 +148,7 @@ def _batch_hard(d_mB: jax.Array, positive_mB: jax.Array, negative_mB: jax.Array,
 
 
 def _search(sorted_mB: jax.Array, at_mB: jax.Array) -> jax.Array:
-    """How many of a row's sorted values are at most each of `at`'s."""
+    """For each of `at`'s values, the number of the row's sorted values that are at most it."""
     search = jax.vmap(lambda values, at: jnp.searchsorted(values, at, side='right'))
     return search(*jax.lax.stop_gradient((sorted_mB, at_mB)))
 

@@ -17,7 +17,7 @@ def unit(x_BD: jax.Array) -> jax.Array:
 
 
 def items(x_BD: jax.Array) -> dict[str, jax.Array]:
-    """What `cosine` needs: unit rows, or bfloat16 ones as they are and one over their length.
+    """Items for `cosine`: unit rows, or bfloat16 ones as they are and one over their length.
 
     Kept apart, a bfloat16 embedding is never rounded again, and travels as two bytes a number. With
     float32 a product is all that is left to do for a score, and for its gradient.

@@ -40,8 +40,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax
     if min(x.shape[1:3]) >= kernel.shape[0]:
         return plain(x, kernel)
 
-    # XLA has no fast convolution of maps smaller than the kernel on a CPU: of 2 × 2 × 256 it took
-    # 36 times as long as this product.
+    # XLA has no fast convolution of maps smaller than the kernel on a CPU.
     def product(x, kernel):
         patches = jnp.concatenate(_patches(x, len(kernel), stride, padding), axis=-1)
         return patches @ kernel.reshape(-1, kernel.shape[-1])
@@ -85,8 +84,8 @@ def _backward(stride, padding, saved, d_out):
     def plain(x, d_out):
         return jax.vjp(lambda k: _convolve(x, k, stride, padding), kernel)[1](d_out)[0]
 
-    # On a CPU XLA's kernel gradient ran at a tenth of the speed of the convolution and was half of
-    # a training step or more; `_kernel_gradient` is 3 to 5 times as fast. Elsewhere XLA's own.
+    # On a CPU XLA's kernel gradient is far slower than its convolution and would be most of a
+    # training step. Elsewhere XLA's own.
     tiled = partial(_kernel_gradient, side=kernel.shape[0], stride=stride, padding=padding)
     return *to_x(d_out), jax.lax.platform_dependent(x, d_out, cpu=tiled, default=plain)
 
@@ -151,7 +150,7 @@ class Block(nn.Module):
             momentum=0.9,
             epsilon=1e-5,
             dtype=self.dtype,
-            use_fast_variance=False,  # E[x²] − E[x]² cancels; the exact form costs no time
+            use_fast_variance=False,  # E[x²] − E[x]² cancels
         )
         out = self.width * (4 if self.bottleneck else 1)
         if self.bottleneck:

@@ -87,7 +87,7 @@ class ViT(nn.Module):
             more = jnp.broadcast_to(more.astype(x.dtype), (batch, *more.shape[1:]))
             x = jnp.concatenate([x[:, : int(has_cls)], more, x[:, int(has_cls) :]], axis=1)
 
-        # One matrix [B T, D] from here on: XLA on CPU takes half the time over 2-D products.
+        # One matrix [B T, D] from here on: on a CPU XLA is fastest over 2-D products.
         x = rearrange(x, 'B T D -> (B T) D')
         layer_norm = partial(nn.LayerNorm, epsilon=self.epsilon)
         if self.norm_pre:

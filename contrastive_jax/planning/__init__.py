@@ -1,1 +1,1 @@
-"""What a compiled program needs of hardware that is not there."""
+"""Needs of a compiled program, counted for hardware that is not there."""

@@ -1,4 +1,4 @@
-"""What a compiled program does, counted from its HLO text: products, traffic, collectives.
+"""Products, traffic and collectives of a compiled program, counted from its HLO text.
 
 XLA's own cost analysis counts the body of a loop once; here every instruction counts as often as it
 runs. Loops whose number of turns cannot be read count once, and are counted themselves.
@@ -91,7 +91,7 @@ class Visit(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What one execution costs a device."""
+    """Costs of one execution to a device."""
 
     flops: float  # of matrix products and convolutions, two a multiply-add
     bytes: float  # read and written by instructions, as if nothing stayed on the chip
@@ -208,7 +208,7 @@ def _walk(computations: dict[str, Computation], entry: str) -> Iterator[Visit]:
 def _turns(
     loop: Instruction, called: dict[str, str], computations: dict[str, Computation]
 ) -> int | None:
-    """How often a loop's body runs: what XLA noted, or the bound that its counter is held to."""
+    """Turns of a loop: what XLA noted, or the bound that its counter is held to; None: unknown."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
         return int(noted.group(1))
     condition = computations[called['condition'].lstrip('%')]
@@ -275,7 +275,7 @@ def _convolution(text: str, left: Shape, right: Shape, out: Shape) -> float:
 
 @functools.cache
 def taps(n: int, out: int, size: int, stride: int, pad: int, spread: int, step: int) -> int:
-    """How many products along one dimension meet an element, not padding or a hole.
+    """Products along one dimension that meet an element, not padding or a hole.
 
     XLA writes a batched product as a convolution over the batch in which almost all taps miss.
     """

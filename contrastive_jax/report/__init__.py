@@ -16,7 +16,7 @@ from contrastive_jax.workdir import checkpoint, environment, records
 
 
 class Run(NamedTuple):
-    """What a workdir holds.
+    """The contents of a workdir.
 
     Attributes:
         name: for people, unique among the runs of a page.
@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
     @property
     def steps(self) -> int | None:
-        """Of the whole run, None where it depends on data that nothing is known of."""
+        """Steps of the whole run, None where they depend on data that nothing is known of."""
         if self.config['total_steps']:
             return self.config['total_steps']
         images = self.environment.get('data', {}).get('splits', {}).get('train')

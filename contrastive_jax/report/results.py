@@ -37,7 +37,7 @@ def _printer(unit: str) -> Callable[[float], str]:
 
 
 def _spread_of(key: str) -> str:
-    """What this is the standard deviation of, if it is one."""
+    """The key that this one is the standard deviation of, or ''."""
     return key.removesuffix('_std') if key.endswith('_std') else ''
 
 

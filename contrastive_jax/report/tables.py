@@ -1,4 +1,4 @@
-"""What all sections of the page share: how a run is named, and tables."""
+"""Labels of runs, and tables: shared by all sections of the page."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ def colour(i: int) -> str:
 
 
 def label(runs: Sequence[Run], i: int, more: str = '') -> Html:
-    """What is of which run: its name and colour where there are several, and something more."""
+    """A run's name and colour where there are several, and something more."""
     if len(runs) == 1:
         return join(more)
     swatch = tag('i', class_='swatch', style=f'background:{colour(i)}')

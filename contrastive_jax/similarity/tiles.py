@@ -1,4 +1,4 @@
-"""How a matrix of pair scores is cut into tiles and shards and visited, for `similarity`.
+"""Cuts a matrix of pair scores into tiles and shards and visits them, for `similarity`.
 
 M: rows, N: bank rows, m, n: a tile's.
 """
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a matrix of M × N scores is cut over devices and into tiles."""
+    """The cuts of a matrix of M × N scores over devices and into tiles."""
 
     M: int
     N: int
@@ -319,9 +319,8 @@ def gradients(
 def strips(function: Callable[[Tree, Tree], Tree], rows: Tree, bank: Tree) -> Tree:
     """`function(rows_block, bank) -> tree of [m, ...]` for all rows, differentiable.
 
-    For reductions that need all of a row's scores at once (order statistics): the whole bank is
-    gathered on every device, and so many rows are taken at a time that the block has `STRIP`
-    scores.
+    For reductions that need all of a row's scores at once (order statistics): every device gathers
+    the whole bank and takes as many rows at a time as have `STRIP` scores.
 
     Args:
         function: of a block of rows and the whole bank, [N, ...]; may close over values that
@@ -330,7 +329,7 @@ def strips(function: Callable[[Tree, Tree], Tree], rows: Tree, bank: Tree) -> Tr
         bank: pytree of arrays [N, ...].
 
     Returns:
-        What function returns, leading with M.
+        The trees of all blocks as one, leading with M.
     """
     M, N, devices = trees.length(rows), trees.length(bank), device_count()
     shape = trees.tiling(-(-M // devices), max(1, STRIP // N))
@@ -363,7 +362,7 @@ def axis() -> str:
 
 
 def device_count() -> int:
-    """How many devices rows are sharded over: the size of the current mesh's first axis."""
+    """Devices that rows are sharded over: the size of the current mesh's first axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape[mesh.axis_names[0]]
 

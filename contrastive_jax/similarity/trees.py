@@ -11,7 +11,7 @@ Tree = Any
 
 
 def length(tree: Tree) -> int:
-    """How many rows there are; a ValueError where arrays disagree, or have none."""
+    """The number of rows; a ValueError where arrays disagree, or have none."""
     lengths = {x.shape[0] for x in jax.tree.leaves(tree)}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(
@@ -64,7 +64,7 @@ def abstract(tree: Tree, length: int) -> Tree:
 
 
 def floats(tree: Tree) -> int:
-    """How many floating-point numbers there are in a tree."""
+    """The number of floating-point numbers in a tree."""
     return sum(x.size for x in jax.tree.leaves(tree) if is_float(x))
 
 

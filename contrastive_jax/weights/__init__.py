@@ -301,7 +301,7 @@ def _ours(file: File, image_size: int | None, model: Mapping[str, Any]) -> Weigh
 
 
 def described(weights: Weights) -> dict[str, Any]:
-    """What of a config an encoder is and how it sees, as JSON can hold it."""
+    """The keys of a config that say what an encoder is and how it sees, as JSON can hold them."""
     inputs = weights.config.inputs
     seeing = {key: inputs[key] for key in SEEING}
     seeing['crop'] = {'interpolation': inputs.crop.interpolation}
@@ -314,7 +314,7 @@ def described(weights: Weights) -> dict[str, Any]:
 
 
 def content(weights: Weights) -> bytes:
-    """Of a .safetensors file that `read` gives back, bit for bit."""
+    """The bytes of a .safetensors file that `read` gives back, bit for bit."""
     from safetensors.numpy import save
 
     arrays = {}

@@ -1,4 +1,4 @@
-"""What lies beside a weights file and says what the weights do not: timm's config.json, Hugging
+"""JSON files beside a weights file, which say what no shape tells: timm's config.json, Hugging
 Face's config.json and preprocessor_config.json, OpenCLIP's open_clip_config.json.
 """
 
@@ -34,7 +34,7 @@ class Settings(NamedTuple):
 
 
 def read(path: epath.Path) -> Settings:
-    """What the JSON files beside a weights file say; `<its stem>.json` replaces config.json.
+    """Reads the JSON files beside a weights file; `<its stem>.json` replaces config.json.
 
     Raises:
         UserError: one is not JSON, or has an activation that we do not have.
@@ -88,7 +88,7 @@ def _hugging_face(said: Mapping[str, Any], file: str) -> dict[str, Any]:
 
 
 def _preprocessor(data: dict[str, Any], said: Mapping[str, Any]) -> None:
-    _moments(data, said.get('image_mean'), said.get('image_std'))
+    _standardisation(data, said.get('image_mean'), said.get('image_std'))
     if said.get('do_normalize') is False:
         data |= {'mean': (0.0,) * 3, 'std': (1.0,) * 3}
     size, crop = said.get('size'), said.get('crop_size')
@@ -109,7 +109,7 @@ def _preprocessor(data: dict[str, Any], said: Mapping[str, Any]) -> None:
 def _timm(found: Settings, said: Mapping[str, Any]) -> None:
     cfg, args = said['pretrained_cfg'], said.get('model_args') or {}
     data = found.data
-    _moments(data, cfg.get('mean'), cfg.get('std'))
+    _standardisation(data, cfg.get('mean'), cfg.get('std'))
     data |= {
         ours: cfg[theirs]
         for theirs, ours in (('crop_pct', 'crop_fraction'), ('interpolation', 'interpolation'))
@@ -126,10 +126,10 @@ def _timm(found: Settings, said: Mapping[str, Any]) -> None:
 
 
 def _open_clip(found: Settings, said: Mapping[str, Any]) -> None:
-    model, pictures = said['model_cfg'], said.get('preprocess_cfg') or {}
-    _moments(found.data, pictures.get('mean'), pictures.get('std'))
-    if 'interpolation' in pictures:
-        found.data['interpolation'] = pictures['interpolation']
+    model, preprocess = said['model_cfg'], said.get('preprocess_cfg') or {}
+    _standardisation(found.data, preprocess.get('mean'), preprocess.get('std'))
+    if 'interpolation' in preprocess:
+        found.data['interpolation'] = preprocess['interpolation']
     if 'timm_model_name' not in model.get('vision_cfg', {}):
         activation = 'quick_gelu' if model.get('quick_gelu') else 'gelu'
         found.model['activation'] = found.text['activation'] = activation
@@ -141,6 +141,6 @@ def _open_clip(found: Settings, said: Mapping[str, Any]) -> None:
             options['heads'] = tower['width'] // tower['head_width']
 
 
-def _moments(data: dict[str, Any], mean: Any, std: Any) -> None:
+def _standardisation(data: dict[str, Any], mean: Any, std: Any) -> None:
     if mean and std:
         data |= {'mean': tuple(mean), 'std': tuple(std)}

@@ -41,7 +41,7 @@ class Family(NamedTuple):
         image_projection, text_projection: of the linear layers into the space that both share.
         options: of the model, which no shape tells.
         text_options: of the text encoder.
-        data: what its pictures are normalised with and resized by.
+        data: what its images are normalised with and resized by.
         antialias: whether its authors resample positions with a low-pass filter.
         aliases: other names in files of the same kind.
     """
@@ -201,7 +201,7 @@ class _Shapes:
         return None if found is None else self.shapes.get(names.names_of(found[0])[0])
 
     def count(self, path: str, **place: int) -> int:
-        """How many blocks there are."""
+        """The number of blocks."""
         i = 0
         while self(path, **place, i=i):
             i += 1
@@ -225,7 +225,7 @@ def image_options(family: Family, shapes: Shapes, given: Mapping[str, Any]) -> d
 
 
 def seeing(family: Family, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What pictures are usually normalised with and resized by."""
+    """Keys of `config.data` by which images are usually normalised and resized."""
     if options.get('norm_pre'):
         return OPENAI
     return HALF if options.get('pool') == 'map' else family.data

@@ -90,7 +90,7 @@ def _npz_shapes(arrays: Any) -> dict[str, tuple[int, ...]]:
 
 
 def digest(path: str | os.PathLike) -> str:
-    """Of a file's content."""
+    """The SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
 
 

@@ -61,7 +61,7 @@ def renamed(theirs: Theirs, change: Callable[[str], str]) -> Theirs:
 
 
 def find(table: Table, path: str) -> tuple[Theirs, bool] | None:
-    """What a parameter of ours is called there, and whether it is a kernel of a module."""
+    """Their name of a parameter of ours, and whether it is a kernel of a module."""
     if path in table:
         return table[path], False
     module, _, leaf = path.rpartition('/')
@@ -81,7 +81,7 @@ def names_of(theirs: Theirs) -> tuple[str, ...]:
 
 
 class Report:
-    """What of a file fits and what does not, gathered over all towers, then said at once."""
+    """Gathers what of a file fits and what does not, over all towers, and says it at once."""
 
     def __init__(self, origin: str, family: str):
         self.origin, self.family = origin, family
@@ -160,7 +160,7 @@ def write(
     Args:
         table: of the family, expanded.
         params: by path.
-        patches: modules of ours that are one product, where theirs convolve pictures of 3 channels.
+        patches: modules of ours that are one product, where theirs convolve images of 3 channels.
 
     Raises:
         UserError: a parameter that the family does not have.

@@ -1,4 +1,4 @@
-"""What others call the parameters of ours: see `names`."""
+"""Names that other libraries give to the parameters of ours: see `names`."""
 
 from typing import Any
 
@@ -127,7 +127,7 @@ def openai_text(prefix: str) -> Table:
 
 
 def _resnet(conv: str, norm: str, shortcut: tuple[str, str]) -> Table:
-    """Of what a block's convolutions (numbered by n from 1, m from 0) and norms are called."""
+    """Table of a block, from names of its convolutions (n counts from 1, m from 0) and norms."""
     out: dict[str, names.Theirs] = {}
     for n in (1, 2, 3):
         for ours, theirs in (('conv', conv), ('norm', norm)):

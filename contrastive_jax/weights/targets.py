@@ -201,7 +201,7 @@ def _hf_vit(module: Any, params: Arrays, size: int) -> tuple[dict[str, Any], Arr
 
 
 def _hf_blocks(module: Any) -> dict[str, Any]:
-    """What a config says of a transformer's blocks, of images or of texts."""
+    """Keys of a config that describe a transformer's blocks, of images or of texts."""
     return {
         'hidden_size': module.width,
         'num_hidden_layers': module.depth,
@@ -344,7 +344,7 @@ def _resnet_arrays(table: Table, module: Any, params: Arrays) -> Arrays:
 
 
 def content(value: Any) -> bytes:
-    """Of a file of `Files`."""
+    """The bytes of a file of `Files`."""
     if isinstance(value, bytes):
         return value
     if any(isinstance(x, (np.ndarray, np.generic)) for x in value.values()):

@@ -1,4 +1,4 @@
-"""ArrayRecord files: one's own pictures in a few large files with fast random access.
+"""ArrayRecord files: one's own images in a few large files with fast random access.
 
 A directory holds `train*.array_record*`, optionally `test*` and `validation*` (alone, validation
 serves as test), and the class names in `classes.txt`, one a line; without that file the records
@@ -39,7 +39,7 @@ class ArrayRecords:
     """
 
     def __init__(self, paths: Sequence[str], classes: list[str], name: str):
-        # Lazily: grain costs 1 to 2 s, which whoever only packs or lists need not pay twice.
+        # Lazily: importing grain is slow, and whoever only packs or lists does without.
         from grain.sources import ArrayRecordDataSource
 
         self.classes, self.name, self._names = labelled(classes), name, classes

@@ -1,13 +1,13 @@
-"""Pictures with captions: image files, and one file (or one a split) that says what they show.
+"""Images with captions: image files, and one file (or one a split) that says what they show.
 
 Understood by content, whatever the file is called:
 
 - Karpathy's JSON: {'images': [{'filename', 'filepath'?, 'split', 'sentences': [{'raw'}]}]}
 - COCO's JSON, one file a split: {'images': [{'id', 'file_name'}], 'annotations': [{'image_id',
   'caption'}]}
-- a table, as CSV, TSV, JSON lines or a JSON list, with a column for the picture's path and one for
+- a table, as CSV, TSV, JSON lines or a JSON list, with a column for the image's path and one for
   the caption (in JSON also a list of them), and optionally `split` and `label` or `class` (a name).
-  Rows of one picture are one record.
+  Rows of one image are one record.
 """
 
 import csv
@@ -45,7 +45,7 @@ Skipped = list[tuple[str, str]]
 
 
 class Row(NamedTuple):
-    """What a file says of a picture: `folder` and `split` may be ''."""
+    """An image as a file names it; `folder`, `split` and `label` may be ''."""
 
     name: str
     captions: list[Any]
@@ -55,7 +55,7 @@ class Row(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A record: its name for `describe`, the picture's path, captions, class name ('': none)."""
+    """A record: its name for `describe`, the image's path, captions, class name ('': none)."""
 
     name: str
     path: str
@@ -86,7 +86,7 @@ class Captions:
             with open(path, 'rb') as file:
                 data = file.read()
         except FileNotFoundError as error:
-            raise BadRecord(f'no such picture: {path}') from error
+            raise BadRecord(f'no such image: {path}') from error
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise BadRecord(f'unreadable: {error}') from error
         return {'image': decode(data), 'label': self._label_of[label], 'captions': captions}
@@ -108,7 +108,7 @@ def make(
 
     Args:
         argument: must be empty.
-        root: the directory of the pictures, or the caption file itself. A picture is looked for
+        root: the directory of the images, or the caption file itself. An image is looked for
             below root, in its `filepath` there and in root/images.
         holdout: share of train that serves as test where there is no test or validation split.
         captions: the file, absolute or below root; '' finds the only one in root, or COCO's in
@@ -116,14 +116,14 @@ def make(
 
     Raises:
         UserError: nothing set, no or several caption files, a file that is none of the layouts,
-            a split with an unknown name, a picture in two splits, no picture where it should be.
+            a split with an unknown name, an image in two splits, no image where it should be.
     """
     reject_argument(argument, 'captions')
     root, captions = os.path.expanduser(str(root)), os.path.expanduser(str(captions))
     if os.path.isfile(root):
         root, captions = os.path.dirname(root), os.path.abspath(root)
     root = root or os.path.dirname(captions)
-    if os.path.basename(os.path.abspath(root)) == 'annotations':  # COCO's pictures are beside it
+    if os.path.basename(os.path.abspath(root)) == 'annotations':  # COCO's images are beside it
         root = os.path.dirname(os.path.abspath(root))
     if not root or not os.path.isdir(root):
         what = 'is not a directory' if root else 'not set: --config.data.root=DIR'
@@ -195,19 +195,19 @@ def _fits(file: str) -> bool:
 
 
 def _places(root: str, row: Row) -> list[str]:
-    """Where the picture may be; join leaves an absolute path as it is."""
+    """Where the image may be; join leaves an absolute path as it is."""
     relative = (os.path.join(row.folder, row.name), row.name, os.path.join('images', row.name))
     return [os.path.join(root, path) for path in relative]
 
 
 def _place(root: str, file: str, rows: list[Row]) -> int:
-    """Which of these places a file's pictures are in: that of the first one found."""
+    """The index of the place that a file's images are in: that of the first one found."""
     for row in rows:
         for place, path in enumerate(_places(root, row)):
             if os.path.isfile(path):
                 return place
     raise UserError(
-        f'config.data.root: none of the {len(rows)} pictures in {file} exists; the first one is '
+        f'config.data.root: none of the {len(rows)} images in {file} exists; the first one is '
         f'neither {" nor ".join(dict.fromkeys(_places(root, rows[0])))}.'
     )
 
@@ -220,7 +220,7 @@ def _split(name: str, file: str) -> str:
 
 
 def _read(file: str, skipped: Skipped) -> list[Row]:
-    """What a file says; lines that say nothing are added to `skipped`."""
+    """The rows of a file; lines that say nothing are added to `skipped`."""
     try:
         with open(file, encoding='utf-8-sig', newline='') as opened:
             text = opened.read()
@@ -260,7 +260,7 @@ def _json(file: str, text: str, skipped: Skipped) -> list[Row]:
             for image in data['images']
         ]
     stem = os.path.splitext(os.path.basename(file))[0]
-    # Beside annotations/captions_train2017.json, the pictures are in train2017.
+    # Beside annotations/captions_train2017.json, the images are in train2017.
     folder = stem.removeprefix('captions_')
     rows = {i['id']: Row(i['file_name'], [], folder=folder) for i in data['images']}
     for annotation in data['annotations']:

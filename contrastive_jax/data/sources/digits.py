@@ -1,8 +1,8 @@
 """scikit-learn's handwritten digits: 1,797 real scans of 8 × 8 pixels, embedded, no download.
 
-'digits' are the scans. 'digits:grids' are pictures with captions: four digits in a 2 × 2 grid of
+'digits' are the scans. 'digits:grids' are images with captions: four digits in a 2 × 2 grid of
 16 × 16 pixels, 8,000 for training and 1,000 for testing, made of the same split of the scans. No
-combination of four digits occurs twice, so that a full description is one picture's alone and those
+combination of four digits occurs twice, so that a full description is one image's alone and those
 of test have never been seen. The label is the digit at the top left.
 
     three and seven above one and zero
@@ -95,7 +95,7 @@ class Grids:
 
 def _table() -> np.ndarray:
     """[1797, 65] float64: 64 pixels and the label."""
-    # The file that load_digits reads. Importing sklearn.datasets costs 1 to 2 s of start-up time.
+    # The file that load_digits reads: importing sklearn.datasets is slow.
     spec = importlib.util.find_spec('sklearn')
     folder = os.path.dirname(spec.origin) if spec and spec.origin else ''
     path = os.path.join(folder, 'datasets', 'data', 'digits.csv.gz')
@@ -122,7 +122,7 @@ def make(argument: str = '', root: str = '', holdout: float = 0.1) -> dict[str, 
     if argument not in ('', 'grids'):
         raise UserError(
             f"config.data.source: 'digits' takes nothing after ':', got {argument!r}; or 'grids', "
-            'four digits a picture, with captions.'
+            'four digits an image, with captions.'
         )
     digits = Digits()
     # Every 1797/500-th record of the records sorted by class, in random order within a class.

@@ -1,6 +1,6 @@
 """A folder of JPEG, PNG and WebP files, with or without splits and classes.
 
-Understood, each level optional: root / train, test, val or validation / class / ... / picture.
+Understood, each level optional: root / train, test, val or validation / class / ... / image.
 Hidden files and folders are ignored; symbolic links are followed; the order is sorted by path.
 """
 
@@ -23,8 +23,8 @@ from contrastive_jax.data.decode import decode
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')
 SPLITS = {'train': ('train',), 'test': ('test',), 'validation': ('val', 'validation')}
 EXPECTED = (
-    'Expected: ROOT/train/CLASS/picture.jpg and ROOT/test/CLASS/picture.jpg (or val, validation), '
-    'ROOT/CLASS/picture.jpg, or pictures directly in ROOT; JPEG, PNG or WebP.'
+    'Expected: ROOT/train/CLASS/image.jpg and ROOT/test/CLASS/image.jpg (or val, validation), '
+    'ROOT/CLASS/image.jpg, or images directly in ROOT; JPEG, PNG or WebP.'
 )
 
 
@@ -69,7 +69,7 @@ def make(argument: str = '', root: str = '', holdout: float = 0.1) -> dict[str, 
         holdout: share of train that serves as test where there is no test, val or validation.
 
     Raises:
-        UserError: root not set, missing, without pictures, or with splits whose classes disagree.
+        UserError: root not set, missing, without images, or with splits whose classes disagree.
     """
     reject_argument(argument, 'folder')
     if not root:

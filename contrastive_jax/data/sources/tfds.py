@@ -2,7 +2,7 @@
 
 Read in random access through `tfds.data_source` (ArrayRecord files). The first use of a dataset
 downloads and prepares it into config.data.root, or TFDS's own directory where that is ''. Texts in
-a feature called caption, captions or text ('tfds:coco_captions') are the pictures' captions.
+a feature called caption, captions or text ('tfds:coco_captions') are the images' captions.
 """
 
 import difflib

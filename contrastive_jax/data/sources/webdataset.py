@@ -1,9 +1,9 @@
 """WebDataset: tar files whose members of one name are a sample, read in random access.
 
-A sample is a picture (.jpg, .jpeg, .png, .webp), a caption (.txt: the whole file is one; or .json
+A sample is an image (.jpg, .jpeg, .png, .webp), a caption (.txt: the whole file is one; or .json
 with 'caption' or 'captions', as img2dataset writes) and a label (.cls, an integer), the last two
 optional; classes.txt beside the tars names the classes, one a line. The tars' headers are read once
-at the start, some 20 s for 100,000 samples; pictures are then read where they are.
+at the start; images are then read where they are.
 """
 
 import glob
@@ -30,7 +30,7 @@ from contrastive_jax.data.sources.folder import SUFFIXES
 
 EXPECTED = (
     'Expected: a tar file, a directory of *.tar, or a pattern such as '
-    "'DIR/train-{000..009}.tar'; uncompressed, with pictures in them."
+    "'DIR/train-{000..009}.tar'; uncompressed, with images in them."
 )
 
 
@@ -97,8 +97,8 @@ class WebDataset:
         label = sample.label() if self.classes else -1
         if label >= len(self._names):
             raise BadRecord(f'label {label} is not one of the {len(self._names)} classes')
-        picture = next(suffix for suffix in SUFFIXES if suffix in sample.members)
-        return {'image': decode(sample.read(picture)), 'label': label}
+        image = next(suffix for suffix in SUFFIXES if suffix in sample.members)
+        return {'image': decode(sample.read(image)), 'label': label}
 
     def describe(self, index: int) -> str:
         sample = self.samples[index]
@@ -145,7 +145,7 @@ def make(argument: str = '', root: str = '', holdout: float = 0.1) -> dict[str, 
         samples = {'train': next(iter(samples.values()))}
     everything = [sample for part in samples.values() for sample in part]
     if not samples.get('train'):
-        has = f'samples in {", ".join(samples)}' if everything else f'no pictures in {tars[0]}'
+        has = f'samples in {", ".join(samples)}' if everything else f'no images in {tars[0]}'
         raise UserError(f'config.data.root: {root!r} has {has} and none in train. {EXPECTED}')
     logging.info('%s: %d samples in %d tars', root, len(everything), len(tars))
     kind = Captioned if any(map(_has_caption, everything)) else WebDataset
@@ -211,7 +211,7 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _index(path: str) -> list[Sample]:
-    """The samples of a tar that have a picture, in its order; reads the headers only."""
+    """The samples of a tar that have an image, in its order; reads the headers only."""
     samples: dict[str, Sample] = {}
     try:
         tar: Any
@@ -233,8 +233,8 @@ def _index(path: str) -> list[Sample]:
         raise UserError(
             f'config.data.root: {path!r} is truncated, damaged or compressed: {error}. {EXPECTED}'
         ) from error
-    pictured = [s for s in samples.values() if any(suffix in s.members for suffix in SUFFIXES)]
-    if len(pictured) < len(samples):
-        left = len(samples) - len(pictured)
-        logging.warning('%s: %d samples without a picture are left out', path, left)
-    return pictured
+    usable = [s for s in samples.values() if any(suffix in s.members for suffix in SUFFIXES)]
+    if len(usable) < len(samples):
+        left = len(samples) - len(usable)
+        logging.warning('%s: %d samples without an image are left out', path, left)
+    return usable
