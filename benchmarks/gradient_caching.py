@@ -33,6 +33,7 @@ def recipe(pairs: int, microbatch: int, image_size: int) -> Any:
 
     c = config.base()
     c.total_steps, c.batch_size, c.microbatch = 10, pairs, microbatch
+    c.inputs = config.images()
     c.inputs.size = image_size
     c.model = {'name': 'vit', 'size': 'S', 'patch': 16}
     c.method = {'name': 'simclr', 'temperature': 0.1}

@@ -25,7 +25,7 @@ import jax
 from step_time import load
 
 from contrastive_jax import config as config_lib
-from contrastive_jax import experiment, inference, parallel
+from contrastive_jax import inference
 from contrastive_jax.workdir import records
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
@@ -108,13 +108,18 @@ def look(workdir: pathlib.Path, knn: dict, *, pixels: bool) -> None:
     wanted = {'before', 'after', *(['pixels'] if pixels else [])}
     if wanted <= {*known}:
         return
-    parts, trained = inference.open_run(str(workdir))
-    config, mesh = runs.config_of(workdir), parallel.make_mesh()
+    experiment, trained = inference.open_run(str(workdir))
     specs = {'knn': knn, 'collapse': {}, 'linear': {}}
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(experiment.mesh):
         encoders = {'after': trained}
-        encoders['before'] = inference.encoder(config, parts, mesh, parts.program.init())
-        encoders['pixels'] = inference.encoder(config, parts, mesh, None)
+        encoders['before'] = inference.subject(experiment, experiment.init())
+        encoders['pixels'] = inference.baseline(
+            experiment.inputs,
+            experiment.splits,
+            experiment.mesh,
+            experiment.config.batch_size,
+            experiment.bad,
+        )
         for state in sorted(wanted - {*known}):
             known[state] = {}
             for name, options in specs.items():
@@ -123,7 +128,7 @@ def look(workdir: pathlib.Path, knn: dict, *, pixels: bool) -> None:
                 evaluate = config_lib.build('evals', {'name': name, **options}, f'evals.{name}')
                 for key, value in evaluate(encoders[state]):
                     if not isinstance(value, bytes):
-                        known[state][f'{name}/{key}'] = value
+                        known[state][f'{name}/{key}'] = float(value)
             print(f'{workdir}, {state}: {known[state]}', flush=True)
     (workdir / LOOKED).write_text(json.dumps(known))
 
@@ -138,7 +143,7 @@ def row(name: str, workdir: pathlib.Path) -> str:
     batch = json.loads((workdir / 'config.json').read_text())['batch_size']
     seconds, last = 0.0, 1
     for record in records.read(str(workdir)):
-        if rate := record.get('train/images_per_second'):
+        if rate := record.get('train/examples_per_second'):
             seconds += (record['step'] - last) * batch / rate
             last = record['step']
     looked = found(workdir)

@@ -32,8 +32,8 @@ def record(workdir: str, splits: Mapping[str, Source]) -> None:
     """Adds this start to the file, and says what the data is. Only the first process writes.
 
     {"data": {"splits": {name: records}, "classes": {label: [...]}}, "starts": [{"time", "command",
-    "python", "system", "packages", "devices", "processes", "git"}, ...]}; 'git' is the commit of the
-    directory that the program was started in, with 'changed' where tracked files differ from it.
+    "python", "system", "packages", "devices", "processes", "git"}, ...]}; 'git' is the commit of
+    the directory that the program was started in, with 'changed' where tracked files differ.
     """
     if jax.process_index() != 0:
         return
