@@ -43,7 +43,7 @@ def resolve(config: Config, workdir: str, eval_only: bool) -> Config:
             'config.method: not set. A config of evaluators alone looks at what is trained: '
             '--eval_only --workdir=RUN.'
         )
-    if config.inputs:
+    if config.inputs.get('name'):
         return config
     found, default = config_of(workdir), config_lib.base()
     flat = [config_lib.flatten(c.to_dict()) for c in (config, default)]
