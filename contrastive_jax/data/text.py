@@ -219,8 +219,6 @@ def _of(model: Any) -> Vocabulary:
     start, end = (next((ids[n] for n in names if n in ids), None) for names in (STARTS, ENDS))
 
     def encode(texts: list[str]) -> list[list[int]]:
-        if len(texts) == 1:  # a batch would wake the library's thread pool
-            return [model.encode(texts[0], add_special_tokens=False).ids]
         return [e.ids for e in model.encode_batch_fast(texts, add_special_tokens=False)]
 
     size = max(ids.values()) + 1

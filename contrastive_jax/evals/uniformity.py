@@ -106,7 +106,8 @@ def alignment(subject: Subject, split: str, rows: np.ndarray, seed: int) -> floa
             used.append(i)
             for draw, one in enumerate(made):
                 for key, x in one.items():
-                    crops[key][i * draws + draw] = x
+                    if key not in train.collate:  # texts are no views
+                        crops[key][i * draws + draw] = x
         # Every process makes all of them for itself, on one device.
         with jax.set_mesh(parallel.make_mesh(jax.local_devices()[:1])):
             key = jax.random.fold_in(jax.random.key(seed), start)

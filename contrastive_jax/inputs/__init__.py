@@ -6,6 +6,7 @@ training step, evaluators, `load`, `export` and `plan` take every shape from her
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from contrastive_jax.config import UserError
 from contrastive_jax.data import BadRecord, Record, Source
 from contrastive_jax.data.text import Tokenizer
 
-Row = dict[str, np.ndarray]
+Row = dict[str, Any]  # arrays, and what `Transform.collate` makes arrays of
 Batch = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
 # What a batch has beside an Inputs' own arrays and the source's labels: the record's number.
@@ -32,11 +33,14 @@ class Transform(NamedTuple):
         shapes: shape and dtype of every array of such a row.
         device: `(key, batch) -> batch`: rows in floats, within the jitted step; keys that it does
             not know stay as they are. Every draw comes from the key.
+        collate: functions that make one array [n, ...] of n rows' values, by the values' name,
+            where that is cheaper than row by row: texts are tokenised together.
     """
 
     host: Callable[[Record, np.random.Generator], Row]
     shapes: Shapes
     device: Callable[[jax.Array, Batch], Batch]
+    collate: Mapping[str, Callable[[list[Any]], np.ndarray]] = MappingProxyType({})
 
 
 class Inputs(NamedTuple):

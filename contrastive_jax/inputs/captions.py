@@ -78,13 +78,16 @@ def with_text(
     """
 
     def host(record: Record, rng: np.random.Generator) -> Row:
-        assert tokenize, 'the inputs are not prepared'
         row = transform.host(record, rng)
         # Drawn after the crops, which stay the same with and without captions.
         captions = record.get('captions', [])
         if not captions:
             raise BadRecord('no caption')
-        return {**row, 'text': tokenize([captions[rng.integers(len(captions))]])[0]}
+        return {**row, 'text': captions[rng.integers(len(captions))]}
 
     shape = jax.ShapeDtypeStruct((length,), jnp.int32)
-    return transform._replace(host=host, shapes={**transform.shapes, 'text': shape})
+    return transform._replace(
+        host=host,
+        shapes={**transform.shapes, 'text': shape},
+        collate={'text': tokenize} if tokenize else {},
+    )

@@ -135,10 +135,14 @@ def train_iterator(
         batch, part = divmod(j, local // chunk)
         start = batch * batch_size + process_index * local + part * chunk
         found = empty(shapes, chunk)
+        together: dict[str, list[Any]] = {name: [] for name in transform.collate}
         for i, position in enumerate(range(start, start + chunk)):
             for name, x in made(position).items():
-                found[name][i] = x
-        return found
+                if name in together:
+                    together[name].append(x)
+                else:
+                    found[name][i] = x
+        return found | {name: transform.collate[name](values) for name, values in together.items()}
 
     return _batches(rows, 2**48, local // chunk, _threads(source, threads))
 
