@@ -1,4 +1,4 @@
-"""How many training examples a second the host makes, beside another commit's code.
+"""Training examples a second that the host makes, beside another commit's code.
 
     python benchmarks/input_pipeline.py --config=configs/simclr_vit.py
     python benchmarks/input_pipeline.py --config=configs/simclr_resnet.py:cifar10_small \

@@ -14,8 +14,9 @@ from contrastive_jax import inputs as inputs_lib
 from contrastive_jax.config import Config, UserError
 from contrastive_jax.data.bad_records import BadRecords
 from contrastive_jax.inputs import Inputs
-from contrastive_jax.method import Encoders, Method
+from contrastive_jax.method import ENCODER, Encoders, Method
 from contrastive_jax.state import TrainState, make_init, make_step
+from contrastive_jax.weights import initial
 from contrastive_jax.workdir import checkpoint, runs
 
 
@@ -227,10 +228,10 @@ def build_method(config: Config, start: Encoders) -> Method:
         tokens = config.inputs.get('text')
         if not tokens:
             raise UserError('config.inputs.text: not set, and config.text needs its vocabulary.')
-        sizes = {'vocabulary': tokens.vocabulary, 'length': tokens.length}
-        towers['text'] = tower('text', config.text, 'config.text', **sizes)
-    image = tower('image', config.model, 'config.model')
-    return config_lib.build('methods', config.method, 'config.method', image, **towers)
+        known = {'vocabulary': tokens.vocabulary, 'length': tokens.length}
+        towers['text'] = tower('text', config.text, 'config.text', **known)
+    encoder = tower(ENCODER, config.model, 'config.model')
+    return config_lib.build('methods', config.method, 'config.method', encoder, **towers)
 
 
 def pretrained(config: Config) -> Encoders:
@@ -246,7 +247,7 @@ def pretrained(config: Config) -> Encoders:
     """
     workdir = config.init_from
     if weights.is_file(workdir):
-        read = weights.read_for(config)
+        read = initial.read_for(config)
         theirs, found = read.config, dict(read.encoders)
     else:
         theirs = runs.config_of(workdir)
@@ -257,10 +258,10 @@ def pretrained(config: Config) -> Encoders:
     for spec, _ in texts:
         spec.pop('drop_tokens', None)  # changes how it is trained, not what it reads
     if weights.is_file(workdir) and config.text and reads[0].get('tokenizer'):
-        sizes = [[r.get(n) for n in ('vocabulary', 'length')] for r in reads]
+        limits = [[r.get(n) for n in ('vocabulary', 'length')] for r in reads]
         texts = [
-            ({k: v for k, v in spec.items() if k in theirs.text}, size)
-            for (spec, _), size in zip(texts, sizes, strict=True)
+            ({k: v for k, v in spec.items() if k in theirs.text}, limit)
+            for (spec, _), limit in zip(texts, limits, strict=True)
         ]
     if 'text' in found and texts[0] != texts[1]:
         logging.info('%s: its text encoder reads other texts and is left out', workdir)
@@ -273,28 +274,3 @@ def pretrained(config: Config) -> Encoders:
                 *(key, ours, workdir, own),
             )
     return found
-
-
-def complete(config: Config) -> Config:
-    """With what only the file of weights knows, where config.init_from is one.
-
-    What config.model and config.text do not set is as the file's encoders have it: activation,
-    epsilon, positions, ... What they set stays, and must fit.
-
-    Raises:
-        UserError: see `weights.read`.
-    """
-    if not config.init_from or not weights.is_file(config.init_from):
-        return config
-    theirs = weights.read_for(config).config
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        for key in ('model', 'text'):
-            ours = config[key].to_dict()
-            if ours and theirs[key].get('name') == ours.get('name'):
-                # 'size' stands for these, and the shapes are compared later.
-                sized = ('width', 'depth', 'heads', 'blocks', 'widths', 'block')
-                known = theirs[key].to_dict()
-                known = {k: v for k, v in known.items() if 'size' not in ours or k not in sized}
-                config[key] = known | ours
-    return config

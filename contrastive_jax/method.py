@@ -14,9 +14,13 @@ Encode = Callable[[Tree, Tree, Batch], dict[str, jax.Array]]
 Encoders = dict[str, tuple[Tree, Tree]]
 
 
+# The encoder of config.model among `Encoders`; files of weights know it by this name.
+ENCODER = 'image'
+
+
 def online(params: Tree, extra: Tree) -> Encoders:
     """The `encoders` of a method whose trained encoder is what evaluators see."""
-    return {'image': (params['encoder'], extra['stats']['encoder'])}
+    return {ENCODER: (params['encoder'], extra['stats']['encoder'])}
 
 
 def keep(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
@@ -50,12 +54,13 @@ class Method(NamedTuple):
         init: `(key, batch, records) -> (params, extra)`; run abstractly for shapes, and under jit.
             `records` is the number of training records, an int.
         loss: `(params, extra, batch, key, progress) -> (loss, (extra, metrics))`: the scalar loss,
-            differentiated in `params` alone. `batch['views']` is [B, V, H, W, 3] float, augmented
-            and normalised, and `batch['local_views']` [B, L, h, w, 3] too where the config asks
-            for some; `batch['label']` and `batch['index']`, the record's number, are [B] int32. B
-            is the global batch: write single-device mathematics.
-        encode: `(params, extra, batch) -> {'features': [B, D], ...}` from `batch['image']`
-            [B, H, W, 3] float, normalised: all that evaluators and export see. A method with text
+            differentiated in `params` alone. The batch is as `train` of the config's inputs gives
+            it: of images, `batch['views']` [B, V, H, W, 3] float, augmented and normalised. It has
+            every label of the data, 'label' or others, and 'index', the record's number, [B] int32.
+            B is the global batch: write single-device mathematics.
+        encode: `(params, extra, batch) -> {'features': [B, D], ...}` of a batch as `eval` of the
+            inputs gives it: of images, `batch['image']` [B, H, W, 3] float, normalised. This is all
+            that evaluators and export see. A method with text
             adds 'embedding' [B, E], in the space that images and texts share, and gives that alone
             from `batch['text']` [B, T] int32.
         after: `(params, extra, progress) -> extra`, in the jitted step after the optimiser.

@@ -55,7 +55,8 @@ def make_step(
     Args:
         method: gives the loss.
         tx: the optimiser.
-        augment: `(key, batch) -> batch`: views from uint8 to float, over the whole global batch.
+        augment: `(key, batch) -> batch` in floats, over the whole global batch: see
+            `inputs.Transform.device`.
         seed: of augmentation and of whatever the loss draws.
         total_steps: of the whole run, what `progress` is a share of.
         accumulate: the batch is cut into this many micro-batches whose gradients are averaged.

@@ -29,6 +29,7 @@ from contrastive_jax.evaluation.subject import Subject
 from contrastive_jax.experiment import Experiment
 from contrastive_jax.inputs import pipeline
 from contrastive_jax.state import TrainState
+from contrastive_jax.weights import initial
 from contrastive_jax.workdir import checkpoint, environment, records, runs
 
 
@@ -56,7 +57,7 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
     if not config.method:
         with jax.set_mesh(mesh):
             return _evaluate_baseline(config, workdir, mesh)
-    config = experiments.complete(config)
+    config = initial.complete(config)
     free = config_lib.ROLES['data'] if eval_only else ()
     checkpoint.check(workdir, config.to_dict(), must_exist=eval_only, free=free)
     if config.method.get('locked') and not config.init_from:
@@ -199,9 +200,9 @@ def _evaluate_only(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> dic
     experiment = experiments.open(config, workdir, mesh, other_data=bool(other))
     step = checkpoint.newest(workdir)
     params, extra = checkpoint.weights(workdir, step)
-    weights = {'params': params, 'extra': extra}
-    shardings = jax.tree.map(lambda x: x.sharding, parallel.lay_out(mesh, weights, config.fsdp))
-    state = TrainState(jnp.int32(step), opt=(), **jax.device_put(weights, shardings))
+    state = {'params': params, 'extra': extra}
+    shardings = jax.tree.map(lambda x: x.sharding, parallel.lay_out(mesh, state, config.fsdp))
+    state = TrainState(jnp.int32(step), opt=(), **jax.device_put(state, shardings))
     folder = str(epath.Path(workdir) / other)
     epath.Path(folder).mkdir(parents=True, exist_ok=True)
     writer = records.Writer(folder, tensorboard=config.tensorboard)
@@ -283,11 +284,11 @@ def _values(
 ) -> dict[str, float]:
     """Every evaluator's numbers as metrics; without a step they are the baseline's.
 
-    Figures go to the workdir's `pictures/step_<n>/<evaluator>_<name>.png`, or `pictures/pixels`;
+    Figures go to the workdir's `pictures/step_<n>/<evaluator>_<name>.png`, or `pictures/baseline`;
     how to print the numbers goes to its measures.json.
     """
     prefix = records.BASELINE if step is None else ''
-    folder = epath.Path(workdir) / 'pictures' / ('pixels' if step is None else f'step_{step}')
+    folder = epath.Path(workdir) / 'pictures' / ('baseline' if step is None else f'step_{step}')
     values: dict[str, float] = {}
     measures: dict[str, evaluation.Measure] = {}
     for name, evaluate in evaluators.items():
@@ -353,7 +354,7 @@ def _draw_curves(workdir: str) -> None:
 
 
 def _overview(state: TrainState, workdir: str) -> None:
-    """parameters.txt: every parameter's name, shape and size."""
+    """parameters.txt: every parameter's name, shape and number of values."""
     text = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     if jax.process_index() == 0:
         (epath.Path(workdir) / 'parameters.txt').write_text(text + '\n')

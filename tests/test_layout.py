@@ -104,6 +104,17 @@ def test_the_first_read_is_short():
     assert sum(read.values()) <= 600, read
 
 
+def test_shared_code_does_not_say_what_a_record_is():
+    """What turns records into batches and trains on them works for every kind of data."""
+    shared = ['train.py', 'state.py', 'experiment.py', 'inputs/pipeline.py']
+    paths = [PACKAGE / name for name in shared] + sorted((PACKAGE / 'workdir').glob('*.py'))
+    for path in paths:
+        # Not a part of another word, such as batch_size.
+        words = r'(?<![a-z_])(?:image|view|crop|pixel|size)s?(?![a-z])'
+        found = re.findall(words, path.read_text())
+        assert not found, f'{path}: {set(found)}'
+
+
 def test_shared_code_names_no_method_model_or_evaluator():
     names = [
         m.name

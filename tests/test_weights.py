@@ -16,7 +16,7 @@ import contrastive_jax
 from contrastive_jax import config as config_lib
 from contrastive_jax import experiment, index, inference, models, parallel, weights
 from contrastive_jax.config import UserError
-from contrastive_jax.weights import families, names, positions, targets
+from contrastive_jax.weights import families, initial, names, positions, targets
 
 
 @pytest.fixture(autouse=True)
@@ -351,7 +351,7 @@ def test_a_run_starts_from_a_file(tmp_path, frozen):
     with config.unlocked():
         config.update({'init_from': str(path), 'batch_size': 16, 'total_steps': 2})
         config.model = {**sizes, 'freeze_patch_embedding': frozen}
-    whole = experiment.complete(config)
+    whole = initial.complete(config)
     assert (whole.model.activation, whole.model.position) == ('gelu', 'learned')
     assert 'activation' not in config.model
     mesh = parallel.make_mesh(jax.devices()[:1])

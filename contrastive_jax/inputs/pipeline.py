@@ -254,7 +254,7 @@ def _batches(
 @functools.lru_cache(maxsize=4)
 def order(seed: tuple[int, ...], count: int) -> np.ndarray:
     """[count] int32: the records in the order of an epoch, which the seed's last number is."""
-    # Not grain's shuffle: through its MapDataset an index costs 20 to 70 µs, as much as a crop.
+    # Not grain's shuffle: through its MapDataset an index costs 20 to 70 µs, as much as a row.
     return np.random.default_rng(list(seed)).permutation(np.arange(count, dtype=np.int32))
 
 

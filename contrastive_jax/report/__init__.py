@@ -28,7 +28,7 @@ class Run(NamedTuple):
         parameters: how many are trained, '' if unknown.
         measures: how to print evaluators' numbers.
         shown: inputs.png (views.png of earlier versions), if it is there.
-        pictures: folder ('step_200', 'pixels') -> '<evaluator>_<name>' -> PNG.
+        pictures: folder ('step_200', 'baseline') -> '<evaluator>_<name>' -> PNG.
         newest: the folder of the newest step, '' where there is none.
     """
 

@@ -12,7 +12,8 @@ from contrastive_jax.report import Run, results, settings, tables
 from contrastive_jax.report.markup import Html, join, tag
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-BEFORE = {'pixels': 'baseline', 'step_0': 'untrained'}
+# 'pixels' is what earlier versions call the baseline's folder.
+BEFORE = {'baseline': 'baseline', 'pixels': 'baseline', 'step_0': 'untrained'}
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -129,16 +129,6 @@ def read(
     return Weights(config, {k: _trees(v) for k, v in found.items()}, file.origin, content)
 
 
-def read_for(config: Config) -> Weights:
-    """The encoder in the file that config.init_from names, for what config.inputs shows.
-
-    Raises:
-        UserError: see `read`.
-    """
-    inputs = config.inputs
-    return read(config.init_from, image_size=inputs.get('view_size') or inputs.get('size'))
-
-
 def _names(family: families.Family, prefix: str) -> Callable[[str], str | None]:
     """From names in a file to those of the family's tables; None: of something else."""
     inside = prefix.endswith(family.root)
