@@ -230,6 +230,16 @@ def updated(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def renamed(metric: str) -> str:
+    """Today's name of a metric that a run of any version has recorded."""
+    if metric == 'train/images_per_second':
+        return 'train/examples_per_second'
+    path, _, name = metric.rpartition('/')
+    if path.startswith('eval/') and name.startswith('pixels_'):
+        return f'{path}/baseline_{name.removeprefix("pixels_")}'
+    return metric
+
+
 def defaults() -> dict[str, Any]:
     """Every key that no recipe needs to set, flat, with its value as JSON has it."""
     return flatten(json.loads(json.dumps(base().to_dict())))

@@ -11,15 +11,12 @@ from typing import Any
 import jax
 from etils import epath
 
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, renamed
 
 FILE = 'metrics.jsonl'
 MEASURES = 'measures.json'
 BASELINE = 'baseline_'  # prefix of its metrics' names
 COLUMNS = ('baseline', 'untrained', 'trained')
-# Names of metrics in earlier versions.
-RENAMED = {'train/images_per_second': 'train/examples_per_second'}
-OLD_BASELINE = 'pixels_'
 
 Measures = Mapping[str, tuple[str, str]]
 
@@ -99,17 +96,8 @@ def read(workdir: str) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UserError(f'{path}, line {number}: not JSON ({error}).') from error
             continue
-        records.append({_renamed(key): value for key, value in record.items()})
+        records.append({renamed(key): value for key, value in record.items()})
     return records
-
-
-def _renamed(key: str) -> str:
-    """A metric's name of today."""
-    if key.startswith('eval/'):
-        path, _, metric = key.rpartition('/')
-        if metric.startswith(OLD_BASELINE):
-            return f'{path}/{BASELINE}{metric.removeprefix(OLD_BASELINE)}'
-    return RENAMED.get(key, key)
 
 
 def append(path: epath.Path, line: str) -> None:
