@@ -9,7 +9,7 @@ import jax
 from contrastive_jax import models
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import cosine_distance, output_std
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
 from contrastive_jax.networks.chain import Network, check_numbers, check_views
 
@@ -42,7 +42,7 @@ def make(
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         check_views('byol', batch['views'], 2)
         out, stats = network.views(params, extra['stats'], batch['views'], key=key)
@@ -53,6 +53,6 @@ def make(
         value += cosine_distance(p_BVD[:, 1], z_BVD[:, 0])
         target = {'params': target['params'], 'stats': target_stats}
         metrics = {'output_std': output_std(out['projector'][:, 0])}
-        return value, ({'stats': stats, 'target': target}, metrics)
+        return value, Aux({'stats': stats, 'target': target}, metrics)
 
     return Method(init, loss, network.encode, memory.rising(momentum))

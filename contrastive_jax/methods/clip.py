@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import losses, models
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.chain import check_numbers
 from contrastive_jax.networks.pair import Towers, at_most
 
@@ -45,13 +45,13 @@ def make(
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         image_BE, text_BE, extra = towers(params, extra, batch, key)
         scale = jnp.exp(at_most(params['logit_scale'], math.log(most)))
         value = losses.clip(image_BE, text_BE, scale)
         # log B − loss bounds the mutual information from below, in nats (van den Oord et al. 2018).
         bound = jnp.log(jnp.float32(len(image_BE))) - value
-        return value, (extra, {'mutual_information_bound': bound, 'logit_scale': scale})
+        return value, Aux(extra, {'mutual_information_bound': bound, 'logit_scale': scale})
 
     return Method(init, loss, towers.encode, encoders=towers.encoders)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from contrastive_jax import losses, models
 from contrastive_jax.layers.heads import DINOHead
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
 from contrastive_jax.networks.chain import Network, check_numbers, hold, join_crops, target_encoder
 
@@ -64,7 +64,7 @@ def make(
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         last = hold(params['head']['last'], progress < frozen)
         params = {**params, 'head': {**params['head'], 'last': last}}
         out, stats = join_crops('dino', network, params, extra['stats'], batch, key)
@@ -76,7 +76,7 @@ def make(
         extra = {
             'stats': stats,
             'target': {'params': target['params'], 'stats': target_stats},
-            'centre': losses.centre(taught['head'], extra['centre'], centre_momentum),
+            'centre': extra['centre'],
         }
         # The two ways to collapse: an entropy of log K (evenly spread) or of 0 (one output).
         entropy = -jnp.mean(jnp.sum(jax.scipy.special.xlogy(targets_BGK, targets_BGK), axis=-1))
@@ -84,8 +84,11 @@ def make(
             'teacher_entropy': entropy,
             'output_std': losses.output_std(out['encoder'][:, 0]),
         }
-        return value, (extra, metrics)
+        return value, Aux(extra, metrics, {'teacher': taught['head'].mean((0, 1))[None]})
 
-    return Method(
-        init, loss, network.encode_target, memory.rising(momentum), encoders=target_encoder
-    )
+    def after(params: Tree, extra: Tree, measured: Tree, progress: jax.Array) -> Tree:
+        extra = memory.rising(momentum)(params, extra, measured, progress)
+        centre = losses.centre(measured['teacher'], extra['centre'], centre_momentum)
+        return {**extra, 'centre': centre}
+
+    return Method(init, loss, network.encode_target, after, encoders=target_encoder)

@@ -15,7 +15,7 @@ from contrastive_jax import losses, models
 from contrastive_jax.augment.masking import block_mask
 from contrastive_jax.config import UserError
 from contrastive_jax.layers.heads import DINOHead
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
 from contrastive_jax.networks.chain import Network, check_numbers, hold, join_crops, target_encoder
 
@@ -98,7 +98,7 @@ def make(
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         mask_key, key = jax.random.split(key)
         views, target = batch['views'], extra['target']
         B, V = views.shape[:2]
@@ -153,7 +153,7 @@ def make(
             'koleo': apart,
             'output_std': losses.output_std(cls_BVD[:, 0]),
         }
-        return value, (extra, metrics)
+        return value, Aux(extra, metrics)
 
     return Method(
         init, loss, network.encode_target, memory.rising(momentum), encoders=target_encoder

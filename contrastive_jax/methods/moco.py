@@ -18,7 +18,7 @@ from contrastive_jax import models
 from contrastive_jax.config import choose
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce, unit
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
 from contrastive_jax.networks.chain import Network, check_numbers, check_views
 
@@ -69,7 +69,7 @@ def make(
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         views = batch['views']
         check_views('moco', views, 2)
@@ -85,8 +85,13 @@ def make(
         extra = {
             'stats': stats,
             'target': {'params': target['params'], 'stats': target_stats},
-            'queue': memory.enqueue(extra['queue'], key_RD),
+            'queue': extra['queue'],
         }
-        return value, (extra, {})
+        return value, Aux(extra, {}, {'keys': key_RD.reshape(*to_key.shape[:2], projection)})
 
-    return Method(init, loss, network.encode, memory.steady(momentum, averages=not by_batch))
+    def after(params: Tree, extra: Tree, measured: Tree, progress: jax.Array) -> Tree:
+        extra = memory.steady(momentum, averages=not by_batch)(params, extra, measured, progress)
+        key_RD = measured['keys'].reshape(-1, projection)
+        return {**extra, 'queue': memory.enqueue(extra['queue'], key_RD)}
+
+    return Method(init, loss, network.encode, after)

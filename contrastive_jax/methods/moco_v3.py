@@ -10,7 +10,7 @@ import jax
 from contrastive_jax import models
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
 from contrastive_jax.networks.chain import Network, check_numbers, check_views
 
@@ -50,7 +50,7 @@ def make(
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         check_views('moco_v3', batch['views'], 2)
         out, stats = network.views(params, extra['stats'], batch['views'], key=key)
@@ -61,6 +61,6 @@ def make(
         value += info_nce(q_BVD[:, 1], k_BVD[:, 0], temperature=temperature)
         target = {'params': target['params'], 'stats': target_stats}
         # 2τ: the authors' scale, which keeps gradients alike over temperatures.
-        return 2 * temperature * value, ({'stats': stats, 'target': target}, {})
+        return 2 * temperature * value, Aux({'stats': stats, 'target': target}, {})
 
     return Method(init, loss, network.encode, memory.rising(momentum))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from contrastive_jax import models
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce, proto_nce, unit
-from contrastive_jax.method import Batch, Method, Metrics, Refresh, Tree
+from contrastive_jax.method import Aux, Batch, Method, Refresh, Tree
 from contrastive_jax.networks import memory
 from contrastive_jax.networks.chain import Network, check_numbers, check_views
 from contrastive_jax.networks.kmeans import concentration, kmeans
@@ -87,7 +87,7 @@ def make(
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         check_views('pcl', batch['views'], 2)
         key, *draw_keys = jax.random.split(key, 1 + len(clusters))
@@ -111,8 +111,12 @@ def make(
                 )
             )
         proto = jnp.where(extra['clustered'], sum(terms) / len(terms), 0.0)
-        extra = {**extra, 'stats': stats, 'queue': memory.enqueue(extra['queue'], key_BD)}
-        return instance + proto, (extra, {'instance': instance, 'proto': proto})
+        metrics = {'instance': instance, 'proto': proto}
+        return instance + proto, Aux({**extra, 'stats': stats}, metrics, {'keys': key_BD})
+
+    def after(params: Tree, extra: Tree, measured: Tree, progress: jax.Array) -> Tree:
+        extra = memory.steady(momentum, averages=True)(params, extra, measured, progress)
+        return {**extra, 'queue': memory.enqueue(extra['queue'], measured['keys'])}
 
     def embed(params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
         del params
@@ -145,6 +149,4 @@ def make(
 
         return jax.lax.cond(progress >= warmup, cluster, lambda extra: extra, extra)
 
-    return Method(
-        init, loss, network.encode, memory.steady(momentum, averages=True), Refresh(embed, update)
-    )
+    return Method(init, loss, network.encode, after, Refresh(embed, update))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import losses, models
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.chain import check_numbers
 from contrastive_jax.networks.pair import Towers
 
@@ -45,11 +45,11 @@ def make(
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         image_BE, text_BE, extra = towers(params, extra, batch, key)
         scale, bias = jnp.exp(params['logit_scale']), params['logit_bias']
         value = losses.siglip(image_BE, text_BE, scale, bias)
-        return value, (extra, {'logit_scale': scale, 'logit_bias': bias})
+        return value, Aux(extra, {'logit_scale': scale, 'logit_bias': bias})
 
     return Method(init, loss, towers.encode, encoders=towers.encoders)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from contrastive_jax import losses, models
 from contrastive_jax.layers.heads import MLP
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.chain import Network, check_numbers
 
 
@@ -36,13 +36,13 @@ def make(
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         out, stats = network.views(params, extra['stats'], batch['views'], key=key)
         # An image without a label is a class of its own.
         label_B = batch['label']
         label_B = jnp.where(label_B < 0, -1 - jnp.arange(len(label_B)), label_B)
         value = losses.sup_con(out['projector'], label_B, temperature, log=log)
-        return value, ({'stats': stats}, {})
+        return value, Aux({'stats': stats}, {})
 
     return Method(network.start, loss, network.encode)

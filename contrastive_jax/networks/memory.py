@@ -42,20 +42,21 @@ def move(extra: Tree, params: Tree, momentum: float | jax.Array) -> Tree:
     return {**extra, 'target': {**extra['target'], 'params': moved}}
 
 
-def rising(start: float) -> Callable[[Tree, Tree, jax.Array], Tree]:
+def rising(start: float) -> Callable[[Tree, Tree, Tree, jax.Array], Tree]:
     """`Method.after` of a target whose momentum goes from `start` to 1 by a cosine (BYOL)."""
 
-    def after(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
+    def after(params: Tree, extra: Tree, measured: Tree, progress: jax.Array) -> Tree:
+        del measured
         return move(extra, params, cosine(progress, start, 1.0))
 
     return after
 
 
-def steady(momentum: float, *, averages: bool) -> Callable[[Tree, Tree, jax.Array], Tree]:
+def steady(momentum: float, *, averages: bool) -> Callable[[Tree, Tree, Tree, jax.Array], Tree]:
     """`Method.after` of a target with one momentum, whose BatchNorm averages may follow, too."""
 
-    def after(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
-        del progress
+    def after(params: Tree, extra: Tree, measured: Tree, progress: jax.Array) -> Tree:
+        del measured, progress
         extra = move(extra, params, momentum)
         if averages:
             extra['target']['stats'] = follow(extra['target']['stats'], extra['stats'], momentum)
