@@ -8,7 +8,7 @@ import jax
 from contrastive_jax import losses, models
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Network, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_numbers, check_views
 
 
 def make(
@@ -29,7 +29,7 @@ def make(
         hidden: width of the projector's two hidden layers.
     """
     check_numbers('barlow_twins', ('scale',), off_diagonal=off_diagonal, scale=scale)
-    network = Network(model, projector=MLP(hidden, projection, layers=3))
+    network = Chain(model, projector=MLP(hidden, projection, layers=3))
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array

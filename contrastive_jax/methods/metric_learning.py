@@ -16,7 +16,7 @@ from contrastive_jax import losses, models
 from contrastive_jax.config import UserError, call, choose
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Network, check_views
+from contrastive_jax.networks.chain import Chain, check_views
 
 LOSSES = {'max_margin': losses.max_margin, 'triplet': losses.triplet, 'n_pair': losses.n_pair}
 
@@ -45,7 +45,7 @@ def make(
     if loss == 'n_pair' and unit:
         raise UserError("config.method.unit: got True; loss='n_pair' is on inner products: False.")
     mapped = options.get('distance') == 'mahalanobis'
-    network = Network(model, projector=MLP(projection, projection, layers=1))
+    network = Chain(model, projector=MLP(projection, projection, layers=1))
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         params, extra = network.start(key, batch, records)

@@ -13,7 +13,7 @@ from contrastive_jax.losses import info_nce, unit
 from contrastive_jax.losses.scores import inner
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Network, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_numbers, check_views
 
 
 def make(
@@ -36,7 +36,7 @@ def make(
         predictor: width of the predictor's hidden layer.
     """
     check_numbers('nnclr', ('temperature', 'queue'), temperature=temperature, queue=queue)
-    network = Network(
+    network = Chain(
         model,
         projector=MLP(hidden, projection, layers=3, last_batch_norm=True),
         predictor=MLP(predictor, projection),
@@ -45,7 +45,7 @@ def make(
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         key, queue_key = jax.random.split(key)
         params, extra = network.start(key, batch, records)
-        return params, {**extra, 'queue': memory.queue(queue_key, queue, projection)}
+        return params, {**extra, 'queue': memory.random_queue(queue_key, queue, projection)}
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array

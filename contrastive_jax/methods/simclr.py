@@ -11,7 +11,7 @@ from contrastive_jax import models
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import nt_xent
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Network, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_numbers, check_views
 
 
 def make(
@@ -35,7 +35,7 @@ def make(
     """
     check_numbers('simclr', ('temperature',), temperature=temperature)
     head = MLP(hidden, projection, layers=layers, last_batch_norm=last_batch_norm)
-    network = Network(model, projector=head)
+    network = Chain(model, projector=head)
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array

@@ -10,7 +10,7 @@ from contrastive_jax import models
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import cosine_distance, output_std
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Network, check_views
+from contrastive_jax.networks.chain import Chain, check_views
 
 
 def make(
@@ -44,7 +44,7 @@ def make(
         last_scale=False,
         last_bias=False,
     )
-    network = Network(model, projector=head, predictor=MLP(predictor, projection))
+    network = Chain(model, projector=head, predictor=MLP(predictor, projection))
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array

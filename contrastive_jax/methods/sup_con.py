@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from contrastive_jax import losses, models
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Network, check_numbers
+from contrastive_jax.networks.chain import Chain, check_numbers
 
 
 def make(
@@ -32,7 +32,7 @@ def make(
         batch_norm: in the projector; the authors use none.
     """
     check_numbers('sup_con', ('temperature',), temperature=temperature)
-    network = Network(model, projector=MLP(hidden, projection, batch_norm=batch_norm))
+    network = Chain(model, projector=MLP(hidden, projection, batch_norm=batch_norm))
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array

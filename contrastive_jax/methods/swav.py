@@ -13,7 +13,7 @@ from contrastive_jax import losses, models
 from contrastive_jax.layers.heads import MLP, Prototypes
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Network, check_numbers, hold, join_crops
+from contrastive_jax.networks.chain import Chain, check_numbers, hold, join_crops
 
 GLOBAL = 2  # views whose assignments are predicted
 
@@ -60,7 +60,7 @@ def make(
         queue_from=queue_from,
     )
     head = Prototypes(prototypes)
-    network = Network(model, projector=MLP(hidden, projection), prototypes=head)
+    network = Chain(model, projector=MLP(hidden, projection), prototypes=head)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         params, extra = network.start(key, batch, records)

@@ -9,7 +9,7 @@ import jax
 from contrastive_jax import losses, models
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Network, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_numbers, check_views
 
 
 def make(
@@ -31,7 +31,7 @@ def make(
     """
     weights = {'invariance': invariance, 'variance': variance, 'covariance': covariance}
     check_numbers('vicreg', (), **weights)
-    network = Network(model, projector=MLP(hidden, projection, layers=3))
+    network = Chain(model, projector=MLP(hidden, projection, layers=3))
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
