@@ -97,7 +97,8 @@ def base() -> Config:
             'total_epochs': 0.0,
             # Records of one optimiser step, over all devices.
             'batch_size': 256,
-            # Micro-batches of a step, each with negatives of its own.
+            # Micro-batches of a step, each with negatives and BatchNorm statistics of its own; a
+            # queue or a centre moves once a step.
             'accumulate': 1,
             # Records that are encoded at a time, 0: all; every negative still counts (GradCache).
             'microbatch': 0,

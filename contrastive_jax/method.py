@@ -23,10 +23,29 @@ def online(params: Tree, extra: Tree) -> Encoders:
     return {ENCODER: (params['encoder'], extra['stats']['encoder'])}
 
 
-def keep(params: Tree, extra: Tree, progress: jax.Array) -> Tree:
-    """The `after` of a method whose `extra` changes in `loss` alone."""
-    del params, progress
+def unchanged(params: Tree, extra: Tree, measured: Tree, progress: jax.Array) -> Tree:
+    """The `after` of a method whose `extra` holds BatchNorm averages alone."""
+    del params, measured, progress
     return extra
+
+
+class Aux(NamedTuple):
+    """Everything that a loss gives beside its value.
+
+    A step may be made of several micro-batches (`config.accumulate`), each with a loss of its own.
+
+    Attributes:
+        extra: as it came, but for the running averages of BatchNorm. These belong to the
+            micro-batch: each takes them from the one before it and moves them, as in PyTorch.
+        metrics: scalars; those of a step are the mean over its micro-batches.
+        measured: for `Method.after`, which moves what belongs to the step: a queue, a centre. A
+            tree of arrays that lead with rows: [B, ...] for keys of a queue, [1, ...] for a mean.
+            A step's are those of all its micro-batches, in the order of the batch's rows.
+    """
+
+    extra: Tree
+    metrics: Metrics
+    measured: Tree = None
 
 
 class Refresh(NamedTuple):
@@ -53,17 +72,17 @@ class Method(NamedTuple):
     Attributes:
         init: `(key, batch, records) -> (params, extra)`; run abstractly for shapes, and under jit.
             `records` is the number of training records, an int.
-        loss: `(params, extra, batch, key, progress) -> (loss, (extra, metrics))`: the scalar loss,
-            differentiated in `params` alone. The batch is as `train` of the config's inputs gives
+        loss: `(params, extra, batch, key, progress) -> (loss, Aux(extra, metrics, measured))`: the
+            scalar loss, differentiated in `params` alone. The batch is as `train` of the config's inputs gives
             it: of images, `batch['views']` [B, V, H, W, 3] float, augmented and normalised. It has
             every label of the data, 'label' or others, and 'index', the record's number, [B] int32.
             B is the global batch: write single-device mathematics.
         encode: `(params, extra, batch) -> {'features': [B, D], ...}` of a batch as `eval` of the
             inputs gives it: of images, `batch['image']` [B, H, W, 3] float, normalised. This is all
-            that evaluators and export see. A method with text
-            adds 'embedding' [B, E], in the space that images and texts share, and gives that alone
-            from `batch['text']` [B, T] int32.
-        after: `(params, extra, progress) -> extra`, in the jitted step after the optimiser.
+            that evaluators and export see. A method with text adds 'embedding' [B, E], in the space
+            that images and texts share, and gives that alone from `batch['text']` [B, T] int32.
+        after: `(params, extra, measured, progress) -> extra`, once a step, after the optimiser: a
+            target follows the parameters, a queue takes in what the losses `measured`.
         refresh: None, or what happens after every epoch.
         encoders: `(params, extra) -> {'image': (params, stats)}`, and 'text' where there is one:
             what the models' own `init` would give, for other runs and programs to start from. Where
@@ -72,8 +91,8 @@ class Method(NamedTuple):
     """
 
     init: Callable[[jax.Array, Batch, int], tuple[Tree, Tree]]
-    loss: Callable[..., tuple[jax.Array, tuple[Tree, Metrics]]]
+    loss: Callable[..., tuple[jax.Array, Aux]]
     encode: Encode
-    after: Callable[[Tree, Tree, jax.Array], Tree] = keep
+    after: Callable[[Tree, Tree, Tree, jax.Array], Tree] = unchanged
     refresh: Refresh | None = None
     encoders: Callable[[Tree, Tree], Encoders] = online

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -133,6 +134,22 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1, microbatch: in
             f'config.microbatch: got {microbatch}; expected a multiple of the {mesh.size} devices '
             f'that divides the batch of {rows}; the nearest is {near}.'
         )
+
+
+def split_rows(tree: Any, parts: int) -> Any:
+    """Leaves [B, ...] as [parts, B / parts, ...]: row i goes to part i % parts.
+
+    Rows so stay spread over the devices as they are, and nothing moves between them.
+    """
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1),
+        tree,
+    )
+
+
+def join_rows(tree: Any) -> Any:
+    """Leaves [parts, B / parts, ...] as [B, ...]: undoes `split_rows`."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax import parallel
+from contrastive_jax.method import Aux, Batch, Method, Metrics, Tree
 
 
 class TrainState(NamedTuple):
@@ -60,13 +61,16 @@ def make_step(
         seed: of augmentation and of whatever the loss draws.
         total_steps: of the whole run, what `progress` is a share of.
         accumulate: the batch is cut into this many micro-batches whose gradients are averaged.
-            Each micro-batch has its own loss (its own negatives, its own BatchNorm statistics).
+            Each micro-batch has its own loss (its own negatives, its own BatchNorm statistics,
+            a queue and a centre as they were before the step). See `method.Aux`.
     """
 
-    def gradient(params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array):
+    def gradient(
+        params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[Tree, Aux]:
         grad = jax.value_and_grad(method.loss, has_aux=True)
-        (loss, (extra, metrics)), grads = grad(params, extra, batch, key, progress)
-        return grads, extra, {'loss': loss, **metrics}
+        (loss, aux), grads = grad(params, extra, batch, key, progress)
+        return grads, aux._replace(metrics={'loss': loss, **aux.metrics})
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         augment_key, loss_key = jax.random.split(
@@ -75,28 +79,26 @@ def make_step(
         batch = augment(augment_key, batch)
         progress = state.step.astype(jnp.float32) / total_steps
         if accumulate == 1:
-            grads, extra, metrics = gradient(state.params, state.extra, batch, loss_key, progress)
+            grads, aux = gradient(state.params, state.extra, batch, loss_key, progress)
         else:
-            # Row i goes to micro-batch i % accumulate, so that each keeps its rows spread over
-            # the devices as they are and nothing moves.
-            parts = jax.tree.map(
-                lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch
-            )
+            parts = parallel.split_rows(batch, accumulate)
             keys = jax.random.split(loss_key, accumulate)
 
             def body(carry: tuple[Tree, Tree], part: tuple[Batch, jax.Array]):
                 grads, extra = carry
-                more, extra, metrics = gradient(state.params, extra, *part, progress)
-                return (jax.tree.map(jnp.add, grads, more), extra), metrics
+                more, aux = gradient(state.params, extra, *part, progress)
+                return (jax.tree.map(jnp.add, grads, more), aux.extra), aux[1:]
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            (grads, extra), metrics = jax.lax.scan(body, (zeros, state.extra), (parts, keys))
+            start = zeros, state.extra
+            (grads, extra), (metrics, measured) = jax.lax.scan(body, start, (parts, keys))
             grads = jax.tree.map(lambda g: g / accumulate, grads)
             metrics = jax.tree.map(lambda m: m.mean(0), metrics)
+            aux = Aux(extra, metrics, parallel.join_rows(measured))
         updates, opt = tx.update(grads, state.opt, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        extra = method.after(params, extra, progress)
-        metrics = {**metrics, 'grad_norm': optax.global_norm(grads)}
+        extra = method.after(params, aux.extra, aux.measured, progress)
+        metrics = {**aux.metrics, 'grad_norm': optax.global_norm(grads)}
         return TrainState(state.step + 1, params, opt, extra), metrics
 
     return step

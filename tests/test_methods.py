@@ -208,12 +208,18 @@ def test_the_file_says_its_paper(name):
     assert 'http' in text
 
 
+def close(a, b, rtol=1e-5, atol=1e-6):
+    same_structure(a, b)
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        assert np.allclose(x, y, rtol, atol), path
+
+
 def test_accumulation_averages_the_micro_batches_gradients():
     """Two micro-batches of rows 0, 2, 4... and 1, 3, 5...: the mean of their losses' gradients."""
     mesh, init, step = trainer('simclr', 'vit', 1, accumulate=2)
     with jax.set_mesh(mesh):
         s = init()
-        _, metrics = step(s, batch())
+        after, metrics = step(s, batch())
         method = make('simclr')
         losses = []
         extra = s.extra
@@ -221,15 +227,83 @@ def test_accumulation_averages_the_micro_batches_gradients():
         gradient = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
         for part in (0, 1):
             rows = {k: v[part::2] for k, v in batch().items()}
-            (loss, (extra, _)), g = gradient(
-                s.params, extra, rows, jax.random.key(0), jnp.float32(0)
-            )
+            (loss, aux), g = gradient(s.params, extra, rows, jax.random.key(0), jnp.float32(0))
+            extra = aux.extra
             losses.append(float(loss))
             grads.append(g)
     assert np.isclose(metrics['loss'], np.mean(losses), rtol=1e-5)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(mean)))
     assert np.isclose(metrics['grad_norm'], norm, rtol=1e-4)
+    close(after.extra, extra)  # BatchNorm's averages went from one to the next
+
+
+def of_batch_norm(path):
+    return any(str(getattr(entry, 'key', '')).endswith('stats') for entry in path)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_loss_moves_the_averages_of_batch_norm_and_nothing_else(name):
+    """The rest of `extra` belongs to the step, of whose micro-batches there may be several."""
+    method, _, start = initial(name, 'vit', 0.1)
+    traced, (_, aux) = jax.make_jaxpr(method.loss, return_shape=True)(
+        start.params, start.extra, batch_of(name), jax.random.key(0), jnp.float32(0)
+    )
+    same_structure(aux.extra, start.extra)
+    before = traced.jaxpr.invars[len(jax.tree.leaves(start.params)) :]
+    after = traced.jaxpr.outvars[1:]
+    for (path, _), a, b in zip(jax.tree.leaves_with_path(aux.extra), before, after, strict=False):
+        assert a is b or of_batch_norm(path), path
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_what_belongs_to_the_step_moves_once_a_step(name):
+    """A step of four micro-batches moves averages four times, a queue, a centre, a target once."""
+    method, _, start = initial(name, 'vit', 0.1)
+    if all(of_batch_norm(path) for path, _ in jax.tree.leaves_with_path(start.extra)):
+        pytest.skip('nothing belongs to the step')
+    # The micro-batches, rows 0, 4, 8..., 1, 5, 9..., ..., hold the same images in other orders, so
+    # that BatchNorm normalises each of them and the whole alike.
+    order = np.stack([np.random.default_rng(i).permutation(B // 4) for i in range(4)], 1)
+    whole = {k: v[order.reshape(B)] for k, v in batch_of(name).items()}
+    mesh, init, step = trainer(name, 'vit', 1, accumulate=4)
+    loss = jax.jit(method.loss)
+    _, keys = jax.random.split(jax.random.fold_in(jax.random.key(3), 0))  # as the step draws them
+    with jax.set_mesh(mesh):
+        s, _ = step(init(), whole)
+        extra, found = start.extra, []
+        for i, key in enumerate(jax.random.split(keys, 4)):
+            part = {k: v[i::4] for k, v in whole.items()}
+            _, aux = loss(start.params, extra, part, key, jnp.float32(0))
+            extra = aux.extra
+            found.append(aux.measured)
+        _, at_once = loss(start.params, start.extra, whole, keys, jnp.float32(0))
+
+        def joined(*parts):
+            out = np.empty((4 * len(parts[0]), *parts[0].shape[1:]), parts[0].dtype)
+            for i, part in enumerate(parts):
+                out[i::4] = part
+            return out
+
+        rows = jax.tree.map(joined, *found)
+        close(s.extra, method.after(s.params, extra, rows, jnp.float32(0)))
+    for x, y in zip(jax.tree.leaves(rows), jax.tree.leaves(at_once.measured), strict=True):
+        assert len(y) in (1, B)
+        assert np.allclose(x if len(y) == B else x.mean(0)[None], y, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize(('name', 'key'), [('dino', 'centre'), ('moco', 'queue'), ('pcl', 'queue')])
+def test_micro_batches_leave_what_the_whole_batch_does(name, key):
+    """Where what is remembered of an image depends on no other image: no BatchNorm on its way."""
+    found = []
+    for accumulate in (1, 4):
+        mesh, init, step = trainer(name, 'vit', 1, accumulate=accumulate)
+        with jax.set_mesh(mesh):
+            before = init()
+            s, _ = step(before, batch_of(name))
+        found.append(s.extra[key])
+        assert np.abs(found[-1] - before.extra[key]).max() > 1e-3
+    assert np.allclose(*found, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', sorted(NEEDS_TOKENS))

@@ -9,9 +9,9 @@ import jax
 from contrastive_jax import models
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import cosine_distance, output_std
-from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Network, check_numbers, check_views
+from contrastive_jax.method import Aux, Batch, Method, Tree
+from contrastive_jax.networks.chain import Chain, check_numbers, check_views
+from contrastive_jax.networks.target import Target, momentum_to_one
 
 
 def make(
@@ -33,26 +33,20 @@ def make(
     # The predictor's BatchNorm keeps gradients from a bias in front of it, so Adam would let it
     # wander, and the targets with it.
     projector = MLP(hidden, projection, last_bias=False)
-    network = Network(model, projector=projector, predictor=MLP(hidden, projection))
-
-    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        params, extra = network.start(key, batch, records)
-        target = memory.target(params, extra['stats'], ('encoder', 'projector'))
-        return params, {**extra, 'target': target}
+    network = Chain(model, projector=projector, predictor=MLP(hidden, projection))
+    target = Target(network, ('encoder', 'projector'), momentum_to_one(momentum))
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         check_views('byol', batch['views'], 2)
         out, stats = network.views(params, extra['stats'], batch['views'], key=key)
-        target = extra['target']
-        aims, target_stats = network.views(target['params'], target['stats'], batch['views'])
-        p_BVD, z_BVD = out['predictor'], jax.lax.stop_gradient(aims['projector'])
+        aims, target_state = target.views(extra['target'], batch['views'])
+        p_BVD, z_BVD = out['predictor'], aims['projector']
         value = cosine_distance(p_BVD[:, 0], z_BVD[:, 1])
         value += cosine_distance(p_BVD[:, 1], z_BVD[:, 0])
-        target = {'params': target['params'], 'stats': target_stats}
         metrics = {'output_std': output_std(out['projector'][:, 0])}
-        return value, ({'stats': stats, 'target': target}, metrics)
+        return value, Aux({'stats': stats, 'target': target_state}, metrics)
 
-    return Method(init, loss, network.encode, memory.rising(momentum))
+    return Method(target.init, loss, network.encode, target.follow)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import losses, models
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.chain import check_numbers
-from contrastive_jax.networks.pair import Towers, at_most
+from contrastive_jax.networks.pair import Pair, at_most
 
 
 def make(
@@ -36,22 +36,22 @@ def make(
         locked: keep the image encoder as it is, LiT; give it weights by config.init_from.
     """
     check_numbers('clip', ('temperature', 'most'), temperature=temperature, most=most)
-    towers = Towers(model, text, projection, locked)
+    pair = Pair(model, text, projection, locked)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         del records
-        params, extra = towers.init(key, batch)
+        params, extra = pair.init(key, batch)
         return {**params, 'logit_scale': jnp.float32(-math.log(temperature))}, extra
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
-        image_BE, text_BE, extra = towers(params, extra, batch, key)
+        image_BE, text_BE, extra = pair(params, extra, batch, key)
         scale = jnp.exp(at_most(params['logit_scale'], math.log(most)))
         value = losses.clip(image_BE, text_BE, scale)
         # log B − loss bounds the mutual information from below, in nats (van den Oord et al. 2018).
         bound = jnp.log(jnp.float32(len(image_BE))) - value
-        return value, (extra, {'mutual_information_bound': bound, 'logit_scale': scale})
+        return value, Aux(extra, {'mutual_information_bound': bound, 'logit_scale': scale})
 
-    return Method(init, loss, towers.encode, encoders=towers.encoders)
+    return Method(init, loss, pair.encode, encoders=pair.encoders)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from contrastive_jax import losses, models
 from contrastive_jax.layers.heads import DINOHead
-from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Network, check_numbers, hold, join_crops, target_encoder
+from contrastive_jax.method import Aux, Batch, Method, Tree
+from contrastive_jax.networks.chain import Chain, check_numbers, hold, join_crops
+from contrastive_jax.networks.target import Target, momentum_to_one, ramp
 
 
 def make(
@@ -52,40 +52,35 @@ def make(
         sharpen=sharpen,
         frozen=frozen,
     )
-    network = Network(model, head=DINOHead(prototypes, hidden, bottleneck, batch_norm=batch_norm))
+    network = Chain(model, head=DINOHead(prototypes, hidden, bottleneck, batch_norm=batch_norm))
+    target = Target(network, ('encoder', 'head'), momentum_to_one(momentum))
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        params, extra = network.start(key, batch, records)
-        return params, {
-            **extra,
-            'target': memory.target(params, extra['stats'], ('encoder', 'head')),
-            'centre': jnp.zeros(prototypes),
-        }
+        params, extra = target.init(key, batch, records)
+        return params, {**extra, 'centre': jnp.zeros(prototypes)}
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         last = hold(params['head']['last'], progress < frozen)
         params = {**params, 'head': {**params['head'], 'last': last}}
         out, stats = join_crops('dino', network, params, extra['stats'], batch, key)
-        target = extra['target']
-        taught, target_stats = network.views(target['params'], target['stats'], batch['views'])
-        tau = memory.ramp(progress, *teacher_temperature, share=sharpen)
+        taught, target_state = target.views(extra['target'], batch['views'])
+        tau = ramp(progress, *teacher_temperature, share=sharpen)
         targets_BGK = losses.teacher(taught['head'], extra['centre'], tau)
         value = losses.swapped(targets_BGK, out['head'], temperature=temperature)
-        extra = {
-            'stats': stats,
-            'target': {'params': target['params'], 'stats': target_stats},
-            'centre': losses.centre(taught['head'], extra['centre'], centre_momentum),
-        }
         # The two ways to collapse: an entropy of log K (evenly spread) or of 0 (one output).
         entropy = -jnp.mean(jnp.sum(jax.scipy.special.xlogy(targets_BGK, targets_BGK), axis=-1))
         metrics = {
             'teacher_entropy': entropy,
             'output_std': losses.output_std(out['encoder'][:, 0]),
         }
-        return value, (extra, metrics)
+        extra = {**extra, 'stats': stats, 'target': target_state}
+        return value, Aux(extra, metrics, {'teacher': taught['head'].mean((0, 1))[None]})
 
-    return Method(
-        init, loss, network.encode_target, memory.rising(momentum), encoders=target_encoder
-    )
+    def after(params: Tree, extra: Tree, measured: Tree, progress: jax.Array) -> Tree:
+        extra = target.follow(params, extra, measured, progress)
+        centre = losses.centre(measured['teacher'], extra['centre'], centre_momentum)
+        return {**extra, 'centre': centre}
+
+    return Method(init, loss, target.encode, after, encoders=target.encoders)

@@ -15,11 +15,9 @@ from contrastive_jax import losses, models
 from contrastive_jax.augment.masking import block_mask
 from contrastive_jax.config import UserError
 from contrastive_jax.layers.heads import DINOHead
-from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Network, check_numbers, hold, join_crops, target_encoder
-
-MODULES = ('encoder', 'head', 'patch_head')
+from contrastive_jax.method import Aux, Batch, Method, Tree
+from contrastive_jax.networks.chain import Chain, check_numbers, hold, join_crops
+from contrastive_jax.networks.target import Target, momentum_to_one, ramp
 
 
 def make(
@@ -67,8 +65,9 @@ def make(
         koleo=koleo,
         patches=patches,
     )
-    network = Network(model, head=DINOHead(prototypes, hidden, bottleneck))
+    network = Chain(model, head=DINOHead(prototypes, hidden, bottleneck))
     patch_head = DINOHead(prototypes, hidden, bottleneck)
+    target = Target(network, ('encoder', 'head', 'patch_head'), momentum_to_one(momentum))
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         del records
@@ -81,7 +80,7 @@ def make(
         params['patch_head'], stats['patch_head'] = models.init(
             patch_head, head_key, named['patches'][:, 0]
         )
-        return params, {'stats': stats, 'target': memory.target(params, stats, MODULES)}
+        return params, {'stats': stats, 'target': target.copy(params, stats)}
 
     def _patches(images: jax.Array) -> int:
         def run(images: jax.Array) -> dict[str, jax.Array]:
@@ -98,9 +97,9 @@ def make(
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         mask_key, key = jax.random.split(key)
-        views, target = batch['views'], extra['target']
+        views = batch['views']
         B, V = views.shape[:2]
         N = _patches(views[:1, 0])
         side = math.isqrt(N)
@@ -110,8 +109,8 @@ def make(
             params = {**params, name: {**params[name], 'last': last}}
 
         out, stats = join_crops('dinov2', network, params, extra['stats'], batch, key, mask=mask_RN)
-        taught, target_stats = network.views(target['params'], target['stats'], views)
-        tau = memory.ramp(progress, *teacher_temperature, share=sharpen)
+        taught, target_state = target.views(extra['target'], views)
+        tau = ramp(progress, *teacher_temperature, share=sharpen)
         flat_RK = rearrange(taught['head'], 'b v k -> (b v) k')
         targets_BVK = losses.sinkhorn(flat_RK, temperature=tau).reshape(taught['head'].shape)
         value = cls = losses.swapped(targets_BVK, out['head'], temperature=temperature)
@@ -130,8 +129,8 @@ def make(
             )
 
         student, stats['patch_head'] = through(params, extra['stats'], out['named'])
-        teacher, target_stats['patch_head'] = through(
-            target['params'], target['stats'], taught['named']
+        teacher, target_state['stats']['patch_head'] = through(
+            target_state['params'], extra['target']['stats'], taught['named']
         )
         counts = counts_RM.reshape(-1).astype(jnp.float32)
         assigned = losses.sinkhorn(teacher, temperature=tau, weights_B=counts)
@@ -143,18 +142,12 @@ def make(
         # The sum over views, as in the authors' code.
         apart = jnp.asarray(sum(losses.koleo(cls_BVD[:, v]) for v in range(V)))
         value += koleo * apart
-        extra = {
-            'stats': stats,
-            'target': {'params': target['params'], 'stats': target_stats},
-        }
         metrics = {
             'cls': cls,
             'patches': ibot,
             'koleo': apart,
             'output_std': losses.output_std(cls_BVD[:, 0]),
         }
-        return value, (extra, metrics)
+        return value, Aux({'stats': stats, 'target': target_state}, metrics)
 
-    return Method(
-        init, loss, network.encode_target, memory.rising(momentum), encoders=target_encoder
-    )
+    return Method(init, loss, target.encode, target.follow, encoders=target.encoders)

@@ -15,8 +15,8 @@ from einops import rearrange
 from contrastive_jax import losses, models
 from contrastive_jax.config import UserError, call, choose
 from contrastive_jax.layers.heads import MLP
-from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.networks.chain import Network, check_views
+from contrastive_jax.method import Aux, Batch, Method, Tree
+from contrastive_jax.networks.chain import Chain, check_views
 
 LOSSES = {'max_margin': losses.max_margin, 'triplet': losses.triplet, 'n_pair': losses.n_pair}
 
@@ -45,7 +45,7 @@ def make(
     if loss == 'n_pair' and unit:
         raise UserError("config.method.unit: got True; loss='n_pair' is on inner products: False.")
     mapped = options.get('distance') == 'mahalanobis'
-    network = Network(model, projector=MLP(projection, projection, layers=1))
+    network = Chain(model, projector=MLP(projection, projection, layers=1))
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         params, extra = network.start(key, batch, records)
@@ -55,7 +55,7 @@ def make(
 
     def compute(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         out, stats = network.views(params, extra['stats'], batch['views'], key=key)
         z_BVD = out['projector']
@@ -71,6 +71,6 @@ def make(
             embeddings = (losses.unit(z_RD) if unit else z_RD,)
             label_B = jnp.repeat(label_B, V, total_repeat_length=B * V)
         value = call(function, 'config.method.options', *embeddings, label_B, **options, **more)
-        return value, ({'stats': stats}, {})
+        return value, Aux({'stats': stats}, {})
 
     return Method(init, compute, network.encode)

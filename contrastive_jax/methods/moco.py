@@ -18,11 +18,10 @@ from contrastive_jax import models
 from contrastive_jax.config import choose
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce, unit
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Network, check_numbers, check_views
-
-MODULES = ('encoder', 'projector')
+from contrastive_jax.networks.chain import Chain, check_numbers, check_views
+from contrastive_jax.networks.target import Target
 
 
 def make(
@@ -54,39 +53,34 @@ def make(
             those of the batch, for comparison.
     """
     check_numbers('moco', ('temperature', 'queue'), temperature=temperature, queue=queue)
-    by_batch = choose('key_norm', key_norm, {'running': False, 'batch': True}, 'config.method')
+    choose('key_norm', key_norm, dict.fromkeys(('running', 'batch')), 'config.method')
     head = MLP(hidden, projection, layers=layers, batch_norm=batch_norm)
-    network = Network(model, projector=head)
+    network = Chain(model, projector=head)
+    target = Target(network, ('encoder', 'projector'), momentum, norm=key_norm)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         key, queue_key = jax.random.split(key)
-        params, extra = network.start(key, batch, records)
-        return params, {
-            **extra,
-            'target': memory.target(params, extra['stats'], MODULES),
-            'queue': memory.queue(queue_key, queue, projection),
-        }
+        params, extra = target.init(key, batch, records)
+        return params, {**extra, 'queue': memory.random_queue(queue_key, queue, projection)}
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         views = batch['views']
         check_views('moco', views, 2)
         to_query, to_key = (views, views[:, ::-1]) if symmetric else (views[:, :1], views[:, 1:])
         out, stats = network.views(params, extra['stats'], to_query, key=key)
-        target = extra['target']
-        keys, target_stats = network.views(
-            target['params'], target['stats'], to_key, train=by_batch
-        )
+        keys, target_state = target.views(extra['target'], to_key)
         query_RD = out['projector'].reshape(-1, projection)
-        key_RD = jax.lax.stop_gradient(unit(keys['projector'].reshape(-1, projection)))
+        key_RD = unit(keys['projector'].reshape(-1, projection))
         value = info_nce(query_RD, key_RD, extra['queue'], temperature=temperature)
-        extra = {
-            'stats': stats,
-            'target': {'params': target['params'], 'stats': target_stats},
-            'queue': memory.enqueue(extra['queue'], key_RD),
-        }
-        return value, (extra, {})
+        extra = {**extra, 'stats': stats, 'target': target_state}
+        return value, Aux(extra, {}, {'keys': key_RD.reshape(*to_key.shape[:2], projection)})
 
-    return Method(init, loss, network.encode, memory.steady(momentum, averages=not by_batch))
+    def after(params: Tree, extra: Tree, measured: Tree, progress: jax.Array) -> Tree:
+        extra = target.follow(params, extra, measured, progress)
+        key_RD = measured['keys'].reshape(-1, projection)
+        return {**extra, 'queue': memory.enqueue(extra['queue'], key_RD)}
+
+    return Method(init, loss, network.encode, after)

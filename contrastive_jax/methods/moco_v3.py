@@ -10,9 +10,9 @@ import jax
 from contrastive_jax import models
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce
-from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Network, check_numbers, check_views
+from contrastive_jax.method import Aux, Batch, Method, Tree
+from contrastive_jax.networks.chain import Chain, check_numbers, check_views
+from contrastive_jax.networks.target import Target, momentum_to_one
 
 
 def make(
@@ -37,30 +37,24 @@ def make(
         predictor_batch_norm: BatchNorm after the predictor's last layer: for ViTs, not ResNet-50.
     """
     check_numbers('moco_v3', ('temperature',), temperature=temperature)
-    network = Network(
+    network = Chain(
         model,
         projector=MLP(hidden, projection, layers, last_batch_norm=True, last_scale=False),
         predictor=MLP(hidden, projection, last_batch_norm=predictor_batch_norm, last_scale=False),
     )
-
-    def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
-        params, extra = network.start(key, batch, records)
-        target = memory.target(params, extra['stats'], ('encoder', 'projector'))
-        return params, {**extra, 'target': target}
+    target = Target(network, ('encoder', 'projector'), momentum_to_one(momentum))
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         check_views('moco_v3', batch['views'], 2)
         out, stats = network.views(params, extra['stats'], batch['views'], key=key)
-        target = extra['target']
-        keys, target_stats = network.views(target['params'], target['stats'], batch['views'])
-        q_BVD, k_BVD = out['predictor'], jax.lax.stop_gradient(keys['projector'])
+        keys, target_state = target.views(extra['target'], batch['views'])
+        q_BVD, k_BVD = out['predictor'], keys['projector']
         value = info_nce(q_BVD[:, 0], k_BVD[:, 1], temperature=temperature)
         value += info_nce(q_BVD[:, 1], k_BVD[:, 0], temperature=temperature)
-        target = {'params': target['params'], 'stats': target_stats}
         # 2τ: the authors' scale, which keeps gradients alike over temperatures.
-        return 2 * temperature * value, ({'stats': stats, 'target': target}, {})
+        return 2 * temperature * value, Aux({'stats': stats, 'target': target_state}, {})
 
-    return Method(init, loss, network.encode, memory.rising(momentum))
+    return Method(target.init, loss, network.encode, target.follow)

@@ -11,9 +11,9 @@ from contrastive_jax import models, similarity
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce, unit
 from contrastive_jax.losses.scores import inner
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Network, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_numbers, check_views
 
 
 def make(
@@ -36,7 +36,7 @@ def make(
         predictor: width of the predictor's hidden layer.
     """
     check_numbers('nnclr', ('temperature', 'queue'), temperature=temperature, queue=queue)
-    network = Network(
+    network = Chain(
         model,
         projector=MLP(hidden, projection, layers=3, last_batch_norm=True),
         predictor=MLP(predictor, projection),
@@ -45,11 +45,11 @@ def make(
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         key, queue_key = jax.random.split(key)
         params, extra = network.start(key, batch, records)
-        return params, {**extra, 'queue': memory.queue(queue_key, queue, projection)}
+        return params, {**extra, 'queue': memory.random_queue(queue_key, queue, projection)}
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         check_views('nnclr', batch['views'], 2)
         out, stats = network.views(params, extra['stats'], batch['views'], key=key)
@@ -59,10 +59,14 @@ def make(
         nearest_BVD, closeness = neighbours(z_BVD, extra['queue'])
         value = info_nce(nearest_BVD[:, 0], p_BVD[:, 1], temperature=temperature)
         value += info_nce(nearest_BVD[:, 1], p_BVD[:, 0], temperature=temperature)
-        extra = {'stats': stats, 'queue': memory.enqueue(extra['queue'], z_BVD[:, 0])}
-        return value / 2, (extra, {'neighbour_cosine': closeness})
+        extra = {**extra, 'stats': stats}
+        return value / 2, Aux(extra, {'neighbour_cosine': closeness}, {'embeddings': z_BVD[:, 0]})
 
-    return Method(init, loss, network.encode)
+    def after(params: Tree, extra: Tree, measured: Tree, progress: jax.Array) -> Tree:
+        del params, progress
+        return {**extra, 'queue': memory.enqueue(extra['queue'], measured['embeddings'])}
+
+    return Method(init, loss, network.encode, after)
 
 
 def neighbours(z_BVD: jax.Array, queue_KD: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from contrastive_jax import models
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce, proto_nce, unit
-from contrastive_jax.method import Batch, Method, Metrics, Refresh, Tree
+from contrastive_jax.method import Aux, Batch, Method, Refresh, Tree
 from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Network, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_numbers, check_views
 from contrastive_jax.networks.kmeans import concentration, kmeans
-
-MODULES = ('encoder', 'projector')
+from contrastive_jax.networks.target import Target
 
 
 def make(
@@ -65,15 +64,15 @@ def make(
         negatives=negatives,
         warmup=warmup,
     )
-    network = Network(model, projector=MLP(hidden, projection, layers, batch_norm=batch_norm))
+    network = Chain(model, projector=MLP(hidden, projection, layers, batch_norm=batch_norm))
+    target = Target(network, ('encoder', 'projector'), momentum, norm='running')
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         key, queue_key = jax.random.split(key)
-        params, stats = network.init(key, batch['views'][:, 0])
+        params, extra = target.init(key, batch, records)
         return params, {
-            'stats': stats,
-            'target': memory.target(params, stats, MODULES),
-            'queue': memory.queue(queue_key, queue, projection),
+            **extra,
+            'queue': memory.random_queue(queue_key, queue, projection),
             'clustered': jnp.zeros((), bool),
             'clusterings': [
                 {
@@ -87,14 +86,13 @@ def make(
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         check_views('pcl', batch['views'], 2)
         key, *draw_keys = jax.random.split(key, 1 + len(clusters))
         out, stats = network.views(params, extra['stats'], batch['views'][:, :1], key=key)
-        query_BD, target = out['projector'][:, 0], extra['target']
-        keys, _ = network(target['params'], target['stats'], batch['views'][:, 1], train=False)
-        key_BD = jax.lax.stop_gradient(unit(keys['projector']))
+        keys, _ = target.views(extra['target'], batch['views'][:, 1:])
+        query_BD, key_BD = out['projector'][:, 0], unit(keys['projector'][:, 0])
         instance = info_nce(query_BD, key_BD, extra['queue'], temperature=temperature)
 
         terms = []
@@ -111,14 +109,17 @@ def make(
                 )
             )
         proto = jnp.where(extra['clustered'], sum(terms) / len(terms), 0.0)
-        extra = {**extra, 'stats': stats, 'queue': memory.enqueue(extra['queue'], key_BD)}
-        return instance + proto, (extra, {'instance': instance, 'proto': proto})
+        metrics = {'instance': instance, 'proto': proto}
+        return instance + proto, Aux({**extra, 'stats': stats}, metrics, {'keys': key_BD})
+
+    def after(params: Tree, extra: Tree, measured: Tree, progress: jax.Array) -> Tree:
+        extra = target.follow(params, extra, measured, progress)
+        return {**extra, 'queue': memory.enqueue(extra['queue'], measured['keys'])}
 
     def embed(params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
         del params
-        target = extra['target']
-        out, _ = network(target['params'], target['stats'], batch['image'], train=False)
-        return {'features': unit(out['projector'])}
+        out, _ = target.views(extra['target'], batch['image'][:, None])
+        return {'features': unit(out['projector'][:, 0])}
 
     def update(extra: Tree, z_ND: jax.Array, key: jax.Array, progress: jax.Array) -> Tree:
         counts_N = (z_ND != 0).any(axis=1).astype(jnp.float32)
@@ -145,6 +146,4 @@ def make(
 
         return jax.lax.cond(progress >= warmup, cluster, lambda extra: extra, extra)
 
-    return Method(
-        init, loss, network.encode, memory.steady(momentum, averages=True), Refresh(embed, update)
-    )
+    return Method(init, loss, network.encode, after, Refresh(embed, update))

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import losses, models
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.chain import check_numbers
-from contrastive_jax.networks.pair import Towers
+from contrastive_jax.networks.pair import Pair
 
 
 def make(
@@ -35,21 +35,21 @@ def make(
         locked: keep the image encoder as it is; give it weights by config.init_from.
     """
     check_numbers('siglip', ('logit_scale',), logit_scale=logit_scale)
-    towers = Towers(model, text, projection, locked)
+    pair = Pair(model, text, projection, locked)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         del records
-        params, extra = towers.init(key, batch)
+        params, extra = pair.init(key, batch)
         scale, bias = jnp.float32(math.log(logit_scale)), jnp.float32(logit_bias)
         return {**params, 'logit_scale': scale, 'logit_bias': bias}, extra
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
-        image_BE, text_BE, extra = towers(params, extra, batch, key)
+        image_BE, text_BE, extra = pair(params, extra, batch, key)
         scale, bias = jnp.exp(params['logit_scale']), params['logit_bias']
         value = losses.siglip(image_BE, text_BE, scale, bias)
-        return value, (extra, {'logit_scale': scale, 'logit_bias': bias})
+        return value, Aux(extra, {'logit_scale': scale, 'logit_bias': bias})
 
-    return Method(init, loss, towers.encode, encoders=towers.encoders)
+    return Method(init, loss, pair.encode, encoders=pair.encoders)

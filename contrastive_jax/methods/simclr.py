@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from contrastive_jax import models
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import nt_xent
-from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.networks.chain import Network, check_numbers, check_views
+from contrastive_jax.method import Aux, Batch, Method, Tree
+from contrastive_jax.networks.chain import Chain, check_numbers, check_views
 
 
 def make(
@@ -35,11 +35,11 @@ def make(
     """
     check_numbers('simclr', ('temperature',), temperature=temperature)
     head = MLP(hidden, projection, layers=layers, last_batch_norm=last_batch_norm)
-    network = Network(model, projector=head)
+    network = Chain(model, projector=head)
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         check_views('simclr', batch['views'], 2)
         out, stats = network.views(params, extra['stats'], batch['views'], key=key)
@@ -48,6 +48,6 @@ def make(
         # −loss + log(candidates) bounds the mutual information of two views from below, in nats
         # (van den Oord et al. 2018, eq. 5).
         bound = jnp.log(jnp.float32(2 * len(z_BVD) - 1)) - value
-        return value, ({'stats': stats}, {'mutual_information_bound': bound})
+        return value, Aux({'stats': stats}, {'mutual_information_bound': bound})
 
     return Method(network.start, loss, network.encode)

@@ -9,8 +9,8 @@ import jax
 from contrastive_jax import models
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import cosine_distance, output_std
-from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.networks.chain import Network, check_views
+from contrastive_jax.method import Aux, Batch, Method, Tree
+from contrastive_jax.networks.chain import Chain, check_views
 
 
 def make(
@@ -44,11 +44,11 @@ def make(
         last_scale=False,
         last_bias=False,
     )
-    network = Network(model, projector=head, predictor=MLP(predictor, projection))
+    network = Chain(model, projector=head, predictor=MLP(predictor, projection))
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         check_views('simsiam', batch['views'], 2)
         out, stats = network.views(params, extra['stats'], batch['views'], key=key)
@@ -59,6 +59,6 @@ def make(
         distance = cosine_distance(p_BVD[:, 0], z_BVD[:, 1])
         distance += cosine_distance(p_BVD[:, 1], z_BVD[:, 0])
         # The paper's −cos, the mean of both directions: from −1, the best, to 1.
-        return distance / 4 - 1, ({'stats': stats}, metrics)
+        return distance / 4 - 1, Aux({'stats': stats}, metrics)
 
     return Method(network.start, loss, network.encode)

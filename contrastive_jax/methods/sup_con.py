@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from contrastive_jax import losses, models
 from contrastive_jax.layers.heads import MLP
-from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.networks.chain import Network, check_numbers
+from contrastive_jax.method import Aux, Batch, Method, Tree
+from contrastive_jax.networks.chain import Chain, check_numbers
 
 
 def make(
@@ -32,17 +32,17 @@ def make(
         batch_norm: in the projector; the authors use none.
     """
     check_numbers('sup_con', ('temperature',), temperature=temperature)
-    network = Network(model, projector=MLP(hidden, projection, batch_norm=batch_norm))
+    network = Chain(model, projector=MLP(hidden, projection, batch_norm=batch_norm))
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         out, stats = network.views(params, extra['stats'], batch['views'], key=key)
         # An image without a label is a class of its own.
         label_B = batch['label']
         label_B = jnp.where(label_B < 0, -1 - jnp.arange(len(label_B)), label_B)
         value = losses.sup_con(out['projector'], label_B, temperature, log=log)
-        return value, ({'stats': stats}, {})
+        return value, Aux({'stats': stats}, {})
 
     return Method(network.start, loss, network.encode)

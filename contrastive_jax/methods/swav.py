@@ -11,9 +11,9 @@ from einops import rearrange
 
 from contrastive_jax import losses, models
 from contrastive_jax.layers.heads import MLP, Prototypes
-from contrastive_jax.method import Batch, Method, Metrics, Tree
+from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Network, check_numbers, hold, join_crops
+from contrastive_jax.networks.chain import Chain, check_numbers, hold, join_crops
 
 GLOBAL = 2  # views whose assignments are predicted
 
@@ -43,7 +43,8 @@ def make(
         prototypes: K.
         frozen: share of the run in which the prototypes do not learn.
         queue: earlier images that take part in the assignments; 0: none. For batches that are
-            small beside the number of prototypes.
+            small beside the number of prototypes. Micro-batches (config.accumulate) are assigned
+            one by one, each beside the queue of before the step.
         queue_from: share of the run after which they do.
         projection: dimensions of the embeddings.
         hidden: width of the projector's hidden layer.
@@ -59,7 +60,7 @@ def make(
         queue_from=queue_from,
     )
     head = Prototypes(prototypes)
-    network = Network(model, projector=MLP(hidden, projection), prototypes=head)
+    network = Chain(model, projector=MLP(hidden, projection), prototypes=head)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         params, extra = network.start(key, batch, records)
@@ -85,21 +86,24 @@ def make(
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         params = {**params, 'prototypes': hold(params['prototypes'], progress < frozen)}
         out, stats = join_crops('swav', network, params, extra['stats'], batch, key)
         scores_BVK, z_BGD = out['prototypes'], out['projector'][:, :GLOBAL]
         targets_BGK = assign(params, extra, z_BGD, scores_BVK[:, :GLOBAL], progress)
         value = losses.swapped(targets_BGK, scores_BVK, temperature=temperature)
-        new = {'stats': stats}
-        if queue:
-            new['queue'] = memory.enqueue(extra['queue'], z_BGD)
         used = rearrange(targets_BGK, 'b g k -> (b g) k').mean(0)
         metrics = {
             'output_std': losses.output_std(z_BGD[:, 0]),
             # e^entropy of the mean assignment: how many prototypes are in use.
             'prototypes_used': jnp.exp(-jnp.sum(jax.scipy.special.xlogy(used, used))),
         }
-        return value, (new, metrics)
+        return value, Aux({**extra, 'stats': stats}, metrics, {'embeddings': z_BGD})
 
-    return Method(init, loss, network.encode)
+    def after(params: Tree, extra: Tree, measured: Tree, progress: jax.Array) -> Tree:
+        del params, progress
+        if not queue:
+            return extra
+        return {**extra, 'queue': memory.enqueue(extra['queue'], measured['embeddings'])}
+
+    return Method(init, loss, network.encode, after)

@@ -8,8 +8,8 @@ import jax
 
 from contrastive_jax import losses, models
 from contrastive_jax.layers.heads import MLP
-from contrastive_jax.method import Batch, Method, Metrics, Tree
-from contrastive_jax.networks.chain import Network, check_numbers, check_views
+from contrastive_jax.method import Aux, Batch, Method, Tree
+from contrastive_jax.networks.chain import Chain, check_numbers, check_views
 
 
 def make(
@@ -31,17 +31,17 @@ def make(
     """
     weights = {'invariance': invariance, 'variance': variance, 'covariance': covariance}
     check_numbers('vicreg', (), **weights)
-    network = Network(model, projector=MLP(hidden, projection, layers=3))
+    network = Chain(model, projector=MLP(hidden, projection, layers=3))
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+    ) -> tuple[jax.Array, Aux]:
         del progress
         check_views('vicreg', batch['views'], 2)
         out, stats = network.views(params, extra['stats'], batch['views'], key=key)
         z_BVD = out['projector']
         value, terms = losses.vicreg(z_BVD[:, 0], z_BVD[:, 1], **weights)
         metrics = {**terms, 'output_std': losses.output_std(z_BVD[:, 0])}
-        return value, ({'stats': stats}, metrics)
+        return value, Aux({'stats': stats}, metrics)
 
     return Method(network.start, loss, network.encode)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from contrastive_jax import parallel
 from contrastive_jax.config import UserError
 
 
@@ -153,10 +154,7 @@ def _by_parts(
     key: jax.Array | None,
     inputs: dict[str, Any],
 ) -> tuple[Any, Any]:
-    # Row i goes to part i % parts, so that each keeps its rows spread over the devices as they are.
-    rows = jax.tree.map(
-        lambda y: jnp.swapaxes(y.reshape(-1, parts, *y.shape[1:]), 0, 1), (x, inputs)
-    )
+    rows = parallel.split_rows((x, inputs), parts)
     keys = None if key is None else jax.random.split(key, parts)
 
     @jax.checkpoint
@@ -166,4 +164,4 @@ def _by_parts(
         return stats, outputs
 
     stats, outputs = jax.lax.scan(encode, stats, (rows, keys))
-    return jax.tree.map(lambda y: jnp.swapaxes(y, 0, 1).reshape(-1, *y.shape[2:]), outputs), stats
+    return parallel.join_rows(outputs), stats

@@ -12,10 +12,10 @@ from einops import rearrange
 
 from contrastive_jax import models
 from contrastive_jax.config import UserError
-from contrastive_jax.method import Batch, Encoders, Tree, online
+from contrastive_jax.method import Batch, Tree
 
 
-class Network:
+class Chain:
     """The encoder and the heads after it, each on the output of the one before.
 
     Parameters and BatchNorm averages are dicts by module name. BatchNorm sees all views of a call
@@ -99,17 +99,6 @@ class Network:
         """`Method.encode` of a method whose `extra` holds this network's averages as 'stats'."""
         return self.features(params, extra['stats'], batch['image'])
 
-    def encode_target(self, params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """`Method.encode` of a method whose 'target' is what evaluators see."""
-        target = extra['target']
-        return self.encode(target['params'], target, batch)
-
-
-def target_encoder(params: Tree, extra: Tree) -> Encoders:
-    """`Method.encoders` of a method whose 'target' is what evaluators see."""
-    del params
-    return online(extra['target']['params'], extra['target'])
-
 
 def check_views(method: str, views_BVHWC: jax.Array, count: int) -> None:
     """Raises UserError unless there are `count` views of every image."""
@@ -129,7 +118,7 @@ def check_numbers(method: str, positive: Sequence[str] = (), **numbers: float) -
 
 def join_crops(
     method: str,
-    network: Network,
+    network: Chain,
     params: Tree,
     stats: Tree,
     batch: Batch,
@@ -140,7 +129,7 @@ def join_crops(
 
     Args:
         method: the name for errors.
-        network, params, stats: see `Network`.
+        network, params, stats: see `Chain`.
         batch: 'views' and maybe 'local_views'.
         key: for what the encoder draws.
         **inputs: the encoder's, with the global views alone.

@@ -13,12 +13,12 @@ from contrastive_jax import models
 from contrastive_jax.config import UserError
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Batch, Encoders, Tree
-from contrastive_jax.networks.chain import Network, check_views
+from contrastive_jax.networks.chain import Chain, check_views
 
 SIMILARITY = ('logit_scale', 'logit_bias')  # parameters of methods, where they learn them
 
 
-class Towers:
+class Pair:
     """An image and a text encoder, each with a linear projection (no bias) into the shared space.
 
     Parameters are {'encoder', 'projection', 'text': {'encoder', 'projection'}}, `extra` is
@@ -32,8 +32,8 @@ class Towers:
             return MLP(1, projection, layers=1, last_bias=False)
 
         self.projection, self.locked = projection, locked
-        self.image = Network(image) if locked else Network(image, projection=linear())
-        self.text = Network(text, projection=linear())
+        self.image = Chain(image) if locked else Chain(image, projection=linear())
+        self.text = Chain(text, projection=linear())
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
         """`(params, extra)` from 'views' and 'text'.

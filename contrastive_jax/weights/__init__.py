@@ -21,7 +21,7 @@ from contrastive_jax.config import Config, UserError
 from contrastive_jax.data import text
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Batch, Encode, Encoders, Tree
-from contrastive_jax.networks.chain import Network
+from contrastive_jax.networks.chain import Chain
 from contrastive_jax.networks.pair import SIMILARITY
 from contrastive_jax.weights import beside, families, names, positions
 from contrastive_jax.weights.files import SUFFIXES, File, is_file
@@ -322,7 +322,7 @@ def content(weights: Weights) -> bytes:
 def encoder(weights: Weights) -> tuple[Encode, tuple[Tree, Tree]]:
     """`(encode, (params, extra))`, as a method's: see `Method.encode`."""
     config, found = weights.config, weights.encoders
-    networks: dict[str, Network] = {}
+    networks: dict[str, Chain] = {}
     params: dict[str, Tree] = {}
     extra: dict[str, Tree] = {}
     sizes = {key: config.inputs.text[key] for key in ('vocabulary', 'length') if config.text}
@@ -339,7 +339,7 @@ def encoder(weights: Weights) -> tuple[Encode, tuple[Tree, Tree]]:
                 1, linear['kernel'].shape[1], layers=1, last_bias='bias' in linear
             )
             params[tower]['projection'], extra[tower]['projection'] = of_linear
-        networks[tower] = Network(module, **heads)
+        networks[tower] = Chain(module, **heads)
 
     def encode(params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
         tower = 'text' if 'text' in batch else 'image'

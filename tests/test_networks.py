@@ -1,0 +1,87 @@
+"""What methods remember between steps: target networks and queues."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from contrastive_jax import models
+from contrastive_jax.layers.heads import MLP
+from contrastive_jax.models import vit
+from contrastive_jax.networks.chain import Chain
+from contrastive_jax.networks.memory import enqueue, random_queue
+from contrastive_jax.networks.target import Target, momentum_to_one, ramp
+
+
+@pytest.mark.parametrize(('b', 'k'), [(2, 5), (5, 5), (7, 5)])
+def test_a_queue_keeps_the_newest_in_order(b, k):
+    queue, items = np.arange(k, dtype=np.float32), 100 + np.arange(b)
+    got = enqueue(jnp.asarray(queue), jnp.asarray(items))
+    np.testing.assert_array_equal(got, [*queue, *items][-k:])
+    assert got.dtype == jnp.float32
+
+
+def test_a_queue_starts_with_unit_vectors():
+    queue = random_queue(jax.random.key(0), 6, 2, 8)
+    np.testing.assert_allclose(np.linalg.norm(queue, axis=-1), np.ones((6, 2)), rtol=1e-6)
+
+
+def test_schedules():
+    momentum = momentum_to_one(0.9)
+    for progress, want in ((0, 0.9), (0.25, 1 - 0.05 * (1 + np.sqrt(0.5))), (0.5, 0.95), (1, 1)):
+        np.testing.assert_allclose(momentum(jnp.float32(progress)), want, rtol=1e-6)
+    for progress, want in ((0, 0.04), (0.1, 0.055), (0.2, 0.07), (0.9, 0.07)):
+        np.testing.assert_allclose(ramp(jnp.float32(progress), 0.04, 0.07, 0.2), want, rtol=1e-6)
+    assert ramp(jnp.float32(0), 0.04, 0.07, 0.0) == jnp.float32(0.07)
+
+
+@pytest.mark.parametrize('norm', ['batch', 'running'])
+def test_a_target_follows_its_modules(norm):
+    """Float64 of θ' ← m θ' + (1 − m) θ; and whose statistics BatchNorm takes."""
+    encoder = vit.make(width=16, depth=1, heads=2, patch=4)
+    chain = Chain(encoder, projector=MLP(8, 4, last_bias=False), predictor=MLP(8, 4))
+    modules = ('encoder', 'projector')
+    target = Target(chain, modules, lambda progress: 0.5 + progress, norm)
+    views = jax.random.normal(jax.random.key(1), (6, 2, 8, 8, 3))
+    params, extra = target.init(jax.random.key(0), {'views': views}, 10)
+    assert set(extra['target']['params']) == set(modules)
+
+    outputs, state = target.views(extra['target'], views)
+    assert set(outputs) == {*modules, 'named'}
+    assert outputs['projector'].shape == (6, 2, 4)
+    want, stats = chain.views(params, extra['stats'], views, train=norm == 'batch')
+    np.testing.assert_array_equal(outputs['projector'], want['projector'])
+    apart, _ = target.views(extra['target'], views[:3])
+    alone = np.allclose(apart['projector'], outputs['projector'][:3], atol=1e-4)
+    assert alone == (norm == 'running')
+
+    online = {k: jax.tree.map(lambda x: x + 1.0, params[k]) for k in params}
+    extra = {'stats': jax.tree.map(lambda x: x + 1.0, stats), 'target': state}
+    moved = target.follow(online, extra, None, jnp.float32(0.25))['target']
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+    def follow(old, new):
+        return 0.75 * np.float64(old) + 0.25 * np.float64(new)
+
+    for tree, ours, theirs, follows in (
+        ('params', state['params'], online, True),
+        ('stats', state['stats'], extra['stats'], norm == 'running'),
+    ):
+        theirs = {k: theirs[k] for k in modules}
+        wanted = jax.tree.map(follow, ours, theirs) if follows else ours
+        jax.tree.map(close, moved[tree], wanted)
+
+
+def test_a_target_has_no_gradient():
+    encoder = vit.make(width=16, depth=1, heads=2, patch=4)
+    target = Target(Chain(encoder), ('encoder',), 0.9)
+    views = jnp.ones((2, 2, 8, 8, 3))
+    params, stats = models.init(encoder, jax.random.key(0), views[:, 0])
+    state = target.copy({'encoder': params}, {'encoder': stats})
+
+    def total(state):
+        return target.views(state, views)[0]['encoder'].sum()
+
+    assert all((g == 0).all() for g in jax.tree.leaves(jax.grad(total)(state)))
