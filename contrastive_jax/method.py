@@ -73,10 +73,10 @@ class Method(NamedTuple):
         init: `(key, batch, records) -> (params, extra)`; run abstractly for shapes, and under jit.
             `records` is the number of training records, an int.
         loss: `(params, extra, batch, key, progress) -> (loss, Aux(extra, metrics, measured))`: the
-            scalar loss, differentiated in `params` alone. The batch is as `train` of the config's inputs gives
-            it: of images, `batch['views']` [B, V, H, W, 3] float, augmented and normalised. It has
-            every label of the data, 'label' or others, and 'index', the record's number, [B] int32.
-            B is the global batch: write single-device mathematics.
+            scalar loss, differentiated in `params` alone. The batch is as `train` of the config's
+            inputs gives it: of images, `batch['views']` [B, V, H, W, 3] float, augmented and
+            normalised. It has every label of the data, 'label' or others, and 'index', the record's
+            number, [B] int32. B is the global batch: write single-device mathematics.
         encode: `(params, extra, batch) -> {'features': [B, D], ...}` of a batch as `eval` of the
             inputs gives it: of images, `batch['image']` [B, H, W, 3] float, normalised. This is all
             that evaluators and export see. A method with text adds 'embedding' [B, E], in the space
