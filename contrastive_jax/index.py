@@ -29,7 +29,7 @@ KEY = b'contrastive_jax'  # of the metadata
 
 
 class About(NamedTuple):
-    """What an index is of: `kind` of the KINDS, `name` of the encoder's outputs.
+    """Origin of an index: `kind` of the KINDS, `name` of the encoder's outputs.
 
     `root` is the directory that paths are relative to, '' for texts; `run` says which run of
     `workdir` it was, by its config.

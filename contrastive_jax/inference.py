@@ -246,7 +246,7 @@ def _tokenizer_of(workdir: str | os.PathLike, config: Config) -> text.Tokenizer:
 
 
 class _Given:
-    """What a caller gives, as a source; an item that cannot be used is a UserError."""
+    """Items that a caller gives, as a source; one that cannot be used is a UserError."""
 
     def __init__(self, items: Any, inputs: Inputs):
         self.items, self.inputs = items if hasattr(items, 'ndim') else list(items), inputs
@@ -320,7 +320,7 @@ def baseline(
     batch_size: int,
     bad: BadRecords,
 ) -> Subject:
-    """What needs no network, for evaluators: raw pixels, log power."""
+    """Features that need no network, for evaluators: raw pixels, log power."""
     encode = _baseline(inputs.baseline, inputs.eval.device)
     return Subject(encode, inputs, splits, mesh, batch_size=batch_size, bad=bad)
 

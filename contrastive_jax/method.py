@@ -1,4 +1,4 @@
-"""What a method is: a NamedTuple of pure functions, as optax's optimisers are."""
+"""Methods: NamedTuples of pure functions, as optax's optimisers are."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,7 +49,7 @@ class Aux(NamedTuple):
 
 
 class Refresh(NamedTuple):
-    """What a method does between epochs with embeddings of the whole training split.
+    """Work of a method between epochs, on embeddings of the whole training split.
 
     Attributes:
         embed: `(params, extra, batch) -> {'features': [B, D]}`, as `Method.encode`.

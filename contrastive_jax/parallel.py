@@ -81,12 +81,12 @@ def _snake(sides: list[int]) -> list[tuple[int, ...]]:
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """How a batch lies on the mesh: leading dimension split, the rest whole."""
+    """Layout of a batch on the mesh: leading dimension split, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """How parameters lie on the mesh: every device holds all of them."""
+    """Layout of parameters on the mesh: every device holds all of them."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -215,7 +215,7 @@ def _changed(config: Config, values: dict[str, Any]) -> Config:
 
 
 def _images(config: Config) -> int:
-    """How many images an epoch has: as the flag says, as is known, or as the data says."""
+    """Records of an epoch: as the flag says, as is known, or as the data says."""
     source = config.data.source
     if IMAGES.value or source in IMAGES_OF:
         return IMAGES.value or IMAGES_OF[source]

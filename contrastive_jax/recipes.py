@@ -1,4 +1,4 @@
-"""What the recipes of several methods share: data, views, encoder and evaluators.
+"""Parts of recipes that several methods share: data, views, encoder and evaluators.
 
 A file of `configs/` calls one of these and then sets what is its method's own.
 """

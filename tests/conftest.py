@@ -18,7 +18,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
 def environment(devices):
-    """Of a program that is started with so many CPU devices."""
+    """Variables of a program that is started with so many CPU devices."""
     # Of a flag that is there twice, the last counts.
     flag = f' --xla_force_host_platform_device_count={devices}'
     return {**os.environ, 'XLA_FLAGS': os.environ['XLA_FLAGS'] + flag}

@@ -1,4 +1,4 @@
-"""How much code a reader meets, without comments, docstrings and blank lines."""
+"""Counts the code that a reader meets, without comments, docstrings and blank lines."""
 
 import ast
 import io

@@ -105,7 +105,7 @@ def test_the_first_read_is_short():
 
 
 def test_shared_code_does_not_say_what_a_record_is():
-    """What turns records into batches and trains on them works for every kind of data."""
+    """Records become batches and are trained on by code that works for every kind of data."""
     shared = ['train.py', 'state.py', 'experiment.py', 'inputs/pipeline.py']
     paths = [PACKAGE / name for name in shared] + sorted((PACKAGE / 'workdir').glob('*.py'))
     for path in paths:

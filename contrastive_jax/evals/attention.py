@@ -1,4 +1,4 @@
-"""What a ViT looks at: the attention of its last block's heads, over some test images.
+"""Pictures of a ViT's attention: that of its last block's heads, over some test images.
 
 n: images, K: heads, N: patches.
 """

@@ -1,4 +1,4 @@
-"""What an encoder takes to be alike: test images and the training images nearest to them.
+"""Nearest neighbours: test images and the training images that an encoder takes to be alike.
 
 M: queries, N: training images, D: features, k: neighbours.
 """

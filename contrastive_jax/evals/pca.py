@@ -1,4 +1,4 @@
-"""What an encoder's patches have in common, as colours: principal components of their features.
+"""Principal components of patches' features, drawn as colours.
 
 n: images, h × w: patches of an image, P: patches of all of them, D: features.
 """

@@ -150,7 +150,7 @@ def _grid(x_ND: np.ndarray) -> np.ndarray:
 
 
 def _fine(D: int) -> int:
-    """How many steps of l make one of h."""
+    """Steps of l that make one of h."""
     return max(1, int(4096 / math.sqrt(D)) - 1)
 
 
@@ -179,7 +179,7 @@ def _best(
 def _others(
     rows: jax.Array, group_M: jax.Array, bank: jax.Array, group_N: jax.Array, *, tile: int
 ) -> jax.Array:
-    """How many candidates of another group score at least (high · fine + middle) · fine + low.
+    """Counts the candidates of another group that score at least (high · fine + middle) · fine + low.
 
     Args:
         rows: [M, 2D + 3] queries of `_grid`, and their high, middle and low.

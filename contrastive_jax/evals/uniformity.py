@@ -1,4 +1,4 @@
-"""What contrastive losses ask of features: positives close, all spread evenly over the sphere.
+"""Alignment and uniformity: positives close, all features spread evenly over the sphere.
 
 N: images, D: features, n: a sample of images.
 """
@@ -144,7 +144,7 @@ def _potential(x_ND: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _class_sums(
     x_ND: jax.Array, label_N: jax.Array, *, classes: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each class: how many labelled rows, and the squared length of the sum of their units."""
+    """Numbers of labelled rows and squared lengths of the sums of their units, by class."""
     counts_N = (label_N >= 0) & (x_ND != 0).any(axis=1)
     z_ND = jnp.where(counts_N[:, None], unit(x_ND), 0.0)
     class_N = jnp.where(counts_N, label_N, 0)

@@ -153,7 +153,7 @@ def _read_prompts(name: str) -> dict[str, list[str]]:
 
 
 def _read(key: str, path: epath.Path) -> Any:
-    """What a JSON file holds, or the lines of another."""
+    """Reads a JSON file, or the lines of another."""
     try:
         text = path.read_text()
         if path.suffix == '.json':

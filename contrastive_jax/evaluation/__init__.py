@@ -1,4 +1,4 @@
-"""What evaluators share: the encoder and the data to try it on, measures, draws of few labels.
+"""The base of evaluators: an encoder and the data to try it on, measures, draws of few labels.
 
 n: rows, h w: a map of patches, H W: an image, C: channels.
 """

@@ -57,7 +57,7 @@ def draws(label_N: np.ndarray, labels: int | float, count: int, seed: int) -> li
 
 
 def titled(name: str) -> str:
-    """How a row of the closing table calls one of `named`.
+    """Words of the closing table for one of `named`.
 
     >>> titled('10_per_class'), titled('1_percent')
     ('10 labels per class', '1 % of labels')

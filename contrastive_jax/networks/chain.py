@@ -89,7 +89,7 @@ class Chain:
         return outputs, stats
 
     def features(self, params: Tree, stats: Tree, images_BHWC: jax.Array) -> dict[str, jax.Array]:
-        """What evaluators see: the encoder's features and intermediates."""
+        """The encoder's features and intermediates, as evaluators see them."""
         (features, named), _ = models.apply(
             self.encoder, params['encoder'], stats['encoder'], images_BHWC, train=False
         )

@@ -1,4 +1,4 @@
-"""What a run was started on, and its data in numbers: the workdir's environment.json."""
+"""The workdir's environment.json: machine, packages and commits of every start, data in numbers."""
 
 import datetime
 import importlib.metadata
@@ -60,7 +60,7 @@ def record(workdir: str, splits: Mapping[str, Source]) -> None:
 
 
 def read(workdir: str | os.PathLike) -> dict[str, Any]:
-    """What `record` has written, {} where it has not (or where it is no JSON)."""
+    """Reads what `record` has written; {} where it has not, or where it is no JSON."""
     path = epath.Path(workdir) / FILE
     try:
         return json.loads(path.read_text()) if path.exists() else {}

@@ -169,7 +169,7 @@ class Progress:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """What happens within is not training."""
+        """Does not count the time within as training."""
         start = time.monotonic()
         try:
             yield
