@@ -179,7 +179,7 @@ def _best(
 def _others(
     rows: jax.Array, group_M: jax.Array, bank: jax.Array, group_N: jax.Array, *, tile: int
 ) -> jax.Array:
-    """Counts the candidates of another group that score at least (high · fine + middle) · fine + low.
+    """Counts candidates of another group that score at least (high · fine + middle) · fine + low.
 
     Args:
         rows: [M, 2D + 3] queries of `_grid`, and their high, middle and low.
