@@ -159,7 +159,7 @@ def make(
 
 
 class Fit(NamedTuple):
-    """What is compiled: all but weights, records, rates and seeds."""
+    """All that a program is compiled for: weights, records, rates and seeds are its arguments."""
 
     mesh: Mesh
     module: Any

@@ -138,7 +138,7 @@ class Subject:
     def through(
         self, source: Source, encode: Callable[[Batch], jax.Array]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """What a function makes of every record of a source, and their labels, on the host.
+        """Encodes every record of a source; gives the results and the labels on the host.
 
         Args:
             source: its records, in order.
