@@ -109,6 +109,9 @@ def base() -> Config:
             # A run's workdir, or a file of weights, whose encoders to start from, as far as the
             # method has them. What config.model does not set is as in the file.
             'init_from': '',
+            # Top-level modules of that run's parameters to start from in the place of its encoders:
+            # ('encoder', 'projector').
+            'init_modules': (),
             # Steps between log lines, evaluations (0: at the start and the end) and checkpoints.
             'log_every': 50,
             'eval_every': 0,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import flax.errors
 import jax
+import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
@@ -14,10 +15,23 @@ from contrastive_jax import inputs as inputs_lib
 from contrastive_jax.config import Config, UserError
 from contrastive_jax.data.bad_records import BadRecords
 from contrastive_jax.inputs import Inputs
-from contrastive_jax.method import ENCODER, Encoders, Method
+from contrastive_jax.method import ENCODER, Encoders, Method, Tree
 from contrastive_jax.state import TrainState, make_init, make_step
 from contrastive_jax.weights import initial
 from contrastive_jax.workdir import checkpoint, runs
+
+
+class Start(NamedTuple):
+    """Weights that a run starts from, in the place of random ones.
+
+    Attributes:
+        encoders: see `Method.encoders`.
+        params, stats: of another run, of whose modules config.init_modules names some.
+    """
+
+    encoders: Encoders
+    params: Tree = None
+    stats: Tree = None
 
 
 class Experiment(NamedTuple):
@@ -70,13 +84,19 @@ def open(
     inputs = build_inputs(config)
     if not other_data:
         inputs_lib.check(config.inputs.name, inputs, splits['train'], config.data.source)
-    start: Encoders = {}
+    start = None
     started = workdir is not None and checkpoint.latest(workdir) is not None
+    if config.init_modules and not config.init_from:
+        raise UserError(
+            f'config.init_modules: got {tuple(config.init_modules)}, but config.init_from, the run '
+            'that they come from, is not set.'
+        )
     if config.init_from and not started:
         start = pretrained(config)
     if inputs.prepare:
         # A text encoder that comes from another run reads by that run's vocabulary.
-        of_run = 'text' in start and not weights.is_file(config.init_from)
+        came = (*start.encoders, *config.init_modules) if start else ()
+        of_run = 'text' in came and not weights.is_file(config.init_from)
         folders = [folder for folder in (workdir, config.init_from if of_run else None) if folder]
         inputs = inputs.prepare(None if other_data else splits['train'], folders)
     built = build(
@@ -102,7 +122,7 @@ def build(
     config: Config,
     mesh: jax.sharding.Mesh,
     records: int,
-    start: Encoders | None = None,
+    start: Start | None = None,
     *,
     inputs: Inputs | None = None,
     labels: Sequence[str] | Mapping[str, Any] = ('label',),
@@ -113,7 +133,7 @@ def build(
         config: as in `train.run`.
         mesh: of the devices that it runs on, or is compiled for.
         records: of an epoch.
-        start: weights that the encoders start from; none: random ones.
+        start: weights to start from; None: random ones.
         inputs: prepared ones; None: as the config names them, good for their shapes.
         labels: names of those that the data has.
 
@@ -123,7 +143,9 @@ def build(
     rows = config.batch_size
     parallel.check_batch(mesh, rows, config.accumulate, config.microbatch)
     inputs = inputs or build_inputs(config)
-    method = build_method(config, start or {})
+    method = build_method(config, start.encoders if start else {})
+    if start and config.init_modules:
+        method = graft(method, config.init_modules, start, config.init_from)
     total_steps = config.total_steps or round(config.total_epochs * records / rows)
     if total_steps < 1:
         raise UserError(
@@ -234,25 +256,83 @@ def build_method(config: Config, start: Encoders) -> Method:
     return config_lib.build('methods', config.method, 'config.method', encoder, **towers)
 
 
-def pretrained(config: Config) -> Encoders:
-    """The encoders of the run or the file that config.init_from names, a run's at its newest.
+def graft(method: Method, names: Sequence[str], start: Start, origin: str) -> Method:
+    """A method some of whose modules start from another run's.
+
+    A copy that the method's own state has of a module, such as a target network's, is one of the
+    given weights, too.
+
+    Args:
+        method: of the run.
+        names: of entries in the parameters of both.
+        start: parameters and averages of the other run.
+        origin: its workdir, for errors.
+
+    Raises:
+        UserError: (at init) there is no such module here or there, or it has other shapes.
+    """
+
+    def init(key: jax.Array, batch: inputs_lib.Batch, records: int) -> tuple[Tree, Tree]:
+        params, extra = method.init(key, batch, records)
+        here, there = (params, extra.get('stats', {})), (start.params, start.stats)
+        for name in names:
+            for which, run in (('this run', params), (origin, start.params)):
+                if name not in run:
+                    raise config_lib.unknown(f'module of {which}', name, run, 'config.init_modules')
+        ours, theirs = ([{n: t.get(n, {}) for n in names} for t in run] for run in (here, there))
+        if differ := models.differences(ours, theirs):
+            raise UserError(f'config.init_modules: those of {origin} do not fit; {differ}')
+
+        def grafted(tree: Tree) -> Tree:
+            if not isinstance(tree, Mapping):
+                return tree
+            return {name: one(name, x) if name in names else grafted(x) for name, x in tree.items()}
+
+        def one(name: str, x: Tree) -> Tree:
+            for mine, given in zip(ours, theirs, strict=True):
+                if jax.tree.leaves(x) and not models.differences([x], [mine[name]]):
+                    return _where_equal(x, mine[name], given[name])
+            return grafted(x)
+
+        return {**params, **jax.tree.map(jnp.asarray, theirs[0])}, grafted(extra)
+
+    return method._replace(init=init)
+
+
+def _where_equal(x: Tree, mine: Tree, given: Tree) -> Tree:
+    """The given arrays if x has the values of mine in all of them, else x."""
+    same = jnp.stack(jax.tree.leaves(jax.tree.map(jnp.array_equal, x, mine))).all()
+    return jax.tree.map(lambda a, b: jnp.where(same, b, a), x, given)
+
+
+def pretrained(config: Config) -> Start:
+    """The weights of the run or the file that config.init_from names, a run's at its newest.
 
     A text encoder is of use only with the tokenizer that it was trained with, and where it sees the
     same: it is left out where config.text or config.inputs.text differ; of a file, too, where
     config.inputs.text.tokenizer does not name its vocabulary.
 
     Raises:
-        UserError: there is no run in that workdir, or no complete checkpoint of it; what
-            `weights.read` raises.
+        UserError: there is no run in that workdir, or no complete checkpoint of it; modules of a
+            file; what `weights.read` raises.
     """
     workdir = config.init_from
+    if config.init_modules and weights.is_file(workdir):
+        raise UserError(
+            f'config.init_modules: got {tuple(config.init_modules)}, but {workdir} is a file of '
+            'weights, which has encoders alone; expected ().'
+        )
     if weights.is_file(workdir):
         read = initial.read_for(config)
         theirs, found = read.config, dict(read.encoders)
+        _compare_statistics(config, theirs)
     else:
         theirs = runs.config_of(workdir)
-        state = checkpoint.weights(workdir, checkpoint.newest(workdir))
-        found = build_method(theirs, {}).encoders(*state)
+        params, extra = checkpoint.weights(workdir, checkpoint.newest(workdir))
+        _compare_statistics(config, theirs)
+        if config.init_modules:
+            return Start({}, params, extra.get('stats', {}))
+        found = build_method(theirs, {}).encoders(params, extra)
     reads = [c.inputs.get('text', {}) for c in (config, theirs)]
     texts = [(c.text.to_dict(), dict(r)) for c, r in zip((config, theirs), reads, strict=True)]
     for spec, _ in texts:
@@ -266,11 +346,14 @@ def pretrained(config: Config) -> Encoders:
     if 'text' in found and texts[0] != texts[1]:
         logging.info('%s: its text encoder reads other texts and is left out', workdir)
         found.pop('text')
+    return Start(found)
+
+
+def _compare_statistics(config: Config, theirs: Config) -> None:
     for key in ('mean', 'std'):
         ours, own = (c.inputs.get(key) for c in (config, theirs))
         if ours and own and tuple(ours) != tuple(own):
             logging.warning(
                 'config.inputs.%s: got %s, but the encoder of %s was trained with %s',
-                *(key, ours, workdir, own),
+                *(key, ours, config.init_from, own),
             )
-    return found

@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
 
 
 def make_init(
-    method: Method, tx: optax.GradientTransformation, seed: int, records: int
+    method: Method, tx: optax.GradientTransformation, seed: int | jax.Array, records: int
 ) -> Callable[[Batch], TrainState]:
     """`init(batch) -> TrainState`, to be jitted (two leaves of a state must not alias).
 
@@ -47,7 +47,7 @@ def make_step(
     method: Method,
     tx: optax.GradientTransformation,
     augment: Callable[[jax.Array, Batch], Batch],
-    seed: int,
+    seed: int | jax.Array,
     total_steps: int,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

@@ -256,7 +256,7 @@ def test_linear_is_sklearns_protocol(validation):
         held = np.arange(240) >= 192
     else:
         splits = {'train': train, 'test': test}
-        held = linear.held_out(train[1], 0.1, seed=2)
+        held = few_labels.held_out(train[1], 0.1, seed=2)
     few = few_labels.draws(train[1], 10, 2, seed=2)
     expected = reference(train, test, held, strengths, few, folds=5)
     results = [
@@ -290,9 +290,9 @@ def test_linear_with_more_features_than_labels():
 
 def test_held_out_rows_and_folds_are_stratified():
     label = np.repeat([0, 1, 2, -1], [50, 7, 1, 30])
-    held = linear.held_out(label, 0.1, seed=0)
+    held = few_labels.held_out(label, 0.1, seed=0)
     assert list(np.bincount(label[held], minlength=3)) == [5, 1, 0]
-    np.testing.assert_array_equal(held, linear.held_out(label, 0.1, seed=0))
+    np.testing.assert_array_equal(held, few_labels.held_out(label, 0.1, seed=0))
     label = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 10))
     held = linear.folds(label, 5)
     assert held.shape == (5, 40)

@@ -4,8 +4,10 @@
 imports neither grain nor an image library.
 """
 
+import bisect
 import hashlib
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -79,6 +81,29 @@ class Subset:
     def skipped(self) -> list[tuple[str, str]]:
         """(name, reason) for all that the whole source left out."""
         return getattr(self.source, 'skipped', [])
+
+
+class Joined:
+    """The records of several sources, which have the same labels, one source after the other."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources, self.classes = list(sources), sources[0].classes
+        self._ends = list(itertools.accumulate(map(len, sources)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _at(self, index: int) -> tuple[Source, int]:
+        i = bisect.bisect_right(self._ends, index)
+        return self.sources[i], index - (self._ends[i - 1] if i else 0)
+
+    def __getitem__(self, index: int) -> Record:
+        source, place = self._at(index)
+        return source[place]
+
+    def describe(self, index: int) -> str:
+        source, place = self._at(index)
+        return source.describe(place)
 
 
 def hold_out(

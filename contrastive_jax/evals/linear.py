@@ -110,7 +110,7 @@ def make(
         first = len(subject.features('train', output).label_N)  # of validation
         held_N = (np.arange(len(train.label_N)) >= first) & (train.label_N >= 0)
         if not held_N.any():
-            held_N = held_out(train.label_N, validation_fraction, seed)
+            held_N = few_labels.held_out(train.label_N, validation_fraction, seed)
         scale = _scale(train.x_ND, train.label_N)
         with jax.set_mesh(subject.mesh):
             x_ND = _standardise(train.x_ND, train.label_N, *scale)
@@ -127,7 +127,7 @@ def make(
             for rows in sets:
                 x = scale(gather(subject.mesh, train.x_ND, rows)).astype(np.float32)
                 some = put(subject.mesh, x, train.label_N[rows])
-                held_n = held_out(some.label_N, validation_fraction, seed)
+                held_n = few_labels.held_out(some.label_N, validation_fraction, seed)
                 with jax.set_mesh(subject.mesh):
                     weights.append(_fit_all(*some, held_n, path, classes, limits))
         # One call for all: one compilation.
@@ -155,16 +155,6 @@ def make(
             subject.forget(output)  # maps are large
 
     return evaluate
-
-
-def held_out(label_N: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """bool [N]: a random share of each class, rounded up, but never all of a class."""
-    held_N = np.zeros(len(label_N), bool)
-    rng = np.random.default_rng([seed, 0])
-    for c in np.unique(label_N[label_N >= 0]):
-        rows = rng.permutation(np.flatnonzero(label_N == c))
-        held_N[rows[: min(int(np.ceil(fraction * len(rows))), len(rows) - 1)]] = True
-    return held_N
 
 
 def folds(label_n: np.ndarray, count: int) -> np.ndarray:

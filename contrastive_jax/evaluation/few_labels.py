@@ -1,6 +1,6 @@
 """Experiments with few labels: which subsets are drawn, and what they are called.
 
-n: labels of a class.
+N: rows, n: labels of a class.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,6 +54,16 @@ def draws(label_N: np.ndarray, labels: int | float, count: int, seed: int) -> li
         some = [rng.permutation(rows)[:n] for rows, n in zip(rows_of, sizes, strict=True)]
         subsets.append(np.sort(np.concatenate(some)))
     return subsets
+
+
+def held_out(label_N: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """bool [N]: a random share of each class, rounded up, but never all of a class."""
+    held_N = np.zeros(len(label_N), bool)
+    rng = np.random.default_rng([seed, 0])
+    for c in np.unique(label_N[label_N >= 0]):
+        rows = rng.permutation(np.flatnonzero(label_N == c))
+        held_N[rows[: min(int(np.ceil(fraction * len(rows))), len(rows) - 1)]] = True
+    return held_N
 
 
 def titled(name: str) -> str:

@@ -81,7 +81,7 @@ class Subject:
         self.classes = next(iter(self.splits.values())).classes
         self.weights, self.random = weights, random
         self._encode, self._outputs, self._batch_size = encode, outputs, batch_size
-        self._bad = bad or BadRecords(None, sum(map(len, splits.values())), 1.0)
+        self.bad = bad or BadRecords(None, sum(map(len, splits.values())), 1.0)
         self._features: dict[tuple[str, str], jax.Array] = {}
         self._labels: dict[str, dict[str, np.ndarray]] = {}
 
@@ -104,16 +104,8 @@ class Subject:
             label: of those that records have; all −1 where they have none of this name.
         """
         if (split, name) not in self._features:
-            batches = pipeline.eval_batches(
-                self.splits[split],
-                self.inputs.eval,
-                batch_size=self._batch_size,
-                bad=self._bad,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-            x_ND, self._labels[split] = self._rows(
-                batches, lambda batch: pooled.pooled(self._encode(batch, name), name)
+            x_ND, self._labels[split] = self.through(
+                self.splits[split], lambda batch: pooled.pooled(self._encode(batch, name), name)
             )
             self._features[split, name] = on_mesh(self.mesh, x_ND)
         x_ND, labels = self._features[split, name], self._labels[split]
@@ -134,6 +126,37 @@ class Subject:
             self._features[key] = on_mesh(self.mesh, x_ND)
         label_N = np.concatenate([p.label_N for p in parts])
         return Features(self._features[key], padded(label_N, len(self._features[key])))
+
+    def labelled_records(self, rows: Rows) -> Source:
+        """The records that some rows of `labelled` are of, in their order."""
+        splits = [self.splits[s] for s in ('train', 'validation') if s in self.splits]
+        first = len(self.features('train').label_N)  # of validation: padding is between them
+        train = len(splits[0])
+        numbers = [r if r < first else train + r - first for r in map(int, rows)]
+        return data.Subset(data.Joined(splits), numbers)
+
+    def through(
+        self, source: Source, encode: Callable[[Batch], jax.Array]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Encodes every record of a source; gives the results and the labels on the host.
+
+        Args:
+            source: its records, in order.
+            encode: jitted, as this class takes it, but for one output.
+
+        Returns:
+            [N, ...] float32 and each label [N] int32, with padding; bad records are zeros, and
+            their labels, as those of padding, -1.
+        """
+        batches = pipeline.eval_batches(
+            source,
+            self.inputs.eval,
+            batch_size=self._batch_size,
+            bad=self.bad,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return self._rows(batches, encode)
 
     def forget(self, name: str) -> None:
         """Frees an output's memory on the devices; the next call computes it again."""
@@ -179,7 +202,7 @@ class Subject:
             raise ValueError('no rows')
         some = data.Subset(self.splits[split], list(map(int, rows)))
         batch = next(
-            pipeline.eval_batches(some, self.inputs.eval, batch_size=len(rows), bad=self._bad)
+            pipeline.eval_batches(some, self.inputs.eval, batch_size=len(rows), bad=self.bad)
         )
         return {name: batch[name] for name in self.inputs.eval.shapes}, batch['mask'] > 0
 

@@ -71,6 +71,23 @@ class MLP(nn.Module):
         return x
 
 
+class Classifier(nn.Module):
+    """A linear classifier that starts at 0: at first every class is as likely as the others.
+
+    Attributes:
+        classes: C.
+    """
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, D] -> logits [B, C], float32."""
+        del train
+        dense = nn.Dense(self.classes, kernel_init=nn.initializers.zeros, name='linear')
+        return dense(x.astype(jnp.float32))
+
+
 class Prototypes(nn.Module):
     """Cosines to K learned directions: SwAV's prototypes (Caron et al. 2020, section 3.1) and the
     last layer of DINO's head, whose weight norm has its length fixed at 1 (Caron et al. 2021).

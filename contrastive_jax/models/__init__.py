@@ -5,6 +5,7 @@ range, features in float32, intermediates a dict of named float32 arrays. Parame
 whatever the compute dtype. `init` and `apply` are all that the rest of the code needs of flax.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -76,35 +77,45 @@ def _given(given: Pretrained, params: Any, stats: Any) -> tuple[Any, Any]:
         UserError: they are not; the first differences are listed.
     """
 
-    def name(path: Any) -> str:
-        return jax.tree_util.keystr(path, simple=True, separator='/')
-
-    def by_name(*trees: Any) -> dict[str, Any]:
-        leaves = [leaf for tree in trees for leaf in jax.tree_util.tree_leaves_with_path(tree)]
-        return {name(path): x for path, x in leaves}
-
-    ours = {n: x.shape for n, x in by_name(params, stats).items()}
-    theirs = {n: x.shape for n, x in by_name(given.params, given.stats).items()}
-    names = [n for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)]
-    if names:
-        listed = [
-            f'\n  {n}: here {ours.get(n, "missing")}, there {theirs.get(n, "missing")}'
-            for n in names[:5]
-        ]
+    if differ := differences((params, stats), (given.params, given.stats)):
         raise UserError(
-            f'config.init_from: the weights of {given.origin} do not fit this encoder; '
-            f'{len(names)} differ, first:{"".join(listed)}'
+            f'config.init_from: the weights of {given.origin} do not fit this encoder; {differ}'
         )
     # What is frozen here and learned there, or the reverse, changes sides.
-    found = by_name(given.params, given.stats)
+    found = _by_name((given.params, given.stats))
 
     def start(path: Any, _: Any) -> jax.Array:
-        return jnp.asarray(found[name(path)])
+        return jnp.asarray(found[_name(path)])
 
     return (
         jax.tree_util.tree_map_with_path(start, params),
         jax.tree_util.tree_map_with_path(start, stats),
     )
+
+
+def differences(here: Sequence[Any], there: Sequence[Any]) -> str:
+    """The arrays of some trees that have another shape in others, the first of them by name, or ''.
+
+    Args:
+        here, there: trees whose leaves are looked at together, such as parameters and averages.
+    """
+    ours = {name: x.shape for name, x in _by_name(here).items()}
+    theirs = {name: x.shape for name, x in _by_name(there).items()}
+    names = [n for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)]
+    listed = [
+        f'\n  {n}: here {ours.get(n, "missing")}, there {theirs.get(n, "missing")}'
+        for n in names[:5]
+    ]
+    return f'{len(names)} differ, first:{"".join(listed)}' if names else ''
+
+
+def _by_name(trees: Sequence[Any]) -> dict[str, Any]:
+    leaves = [leaf for tree in trees for leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    return {_name(path): x for path, x in leaves}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def apply(
