@@ -72,36 +72,52 @@ def make(argument: str = '', root: str = '', holdout: float = 0.1) -> dict[str, 
         UserError: root not set, missing, without images, or with splits whose classes disagree.
     """
     reject_argument(argument, 'folder')
-    if not root:
-        raise UserError(
-            f'config.data.root: not set; the folder source needs it: --config.data.root=DIR. '
-            f'{EXPECTED}'
-        )
-    root = os.path.expanduser(str(root))
-    if not os.path.isdir(root):
-        what = 'is a file, not a directory' if os.path.isfile(root) else 'does not exist'
-        raise UserError(f'config.data.root: {root!r} {what}. {EXPECTED}')
-    found = {e.name.lower(): e.name for e in _entries(root) if e.is_dir()}
-    split_folders = {
-        split: found[name] for split, names in SPLITS.items() for name in names if name in found
-    }
-    if 'train' not in split_folders:
-        if split_folders and len(found) == len(split_folders):
-            raise UserError(
-                f'config.data.root: {root!r} has {sorted(split_folders.values())} but no train '
-                f'folder. {EXPECTED}'
-            )
+    root, split_folders = open_root(root, 'folder', EXPECTED)
+    if not split_folders:
         source = _scan(root, '', None)
         return hold_out(source, holdout, lambda i: source.paths[i].replace(os.sep, '/'), root)
-    others = sorted(set(found.values()) - set(split_folders.values()))
-    if others:
-        logging.warning('%s: not a split, ignored: %s', root, ', '.join(others))
     train = _scan(root, split_folders['train'], None)
     splits: dict[str, Source] = {'train': train}
     for split, name in split_folders.items():
         if split != 'train':
             splits[split] = _scan(root, name, train)
     return with_test(splits, holdout, lambda i: train.paths[i].replace(os.sep, '/'), root)
+
+
+def open_root(root: str, source: str, expected: str) -> tuple[str, dict[str, str]]:
+    """A root and the names of the folders in it that are splits, none where nothing is split.
+
+    Args:
+        root: config.data.root.
+        source: the name of the source that needs it.
+        expected: which files where; ends the errors.
+
+    Raises:
+        UserError: root not set or missing; splits without train.
+    """
+    if not root:
+        raise UserError(
+            f'config.data.root: not set; the {source} source needs it: --config.data.root=DIR. '
+            f'{expected}'
+        )
+    root = os.path.expanduser(str(root))
+    if not os.path.isdir(root):
+        what = 'is a file, not a directory' if os.path.isfile(root) else 'does not exist'
+        raise UserError(f'config.data.root: {root!r} {what}. {expected}')
+    found = {e.name.lower(): e.name for e in _entries(root) if e.is_dir()}
+    folders = {
+        split: found[name] for split, names in SPLITS.items() for name in names if name in found
+    }
+    if 'train' not in folders:
+        if folders and len(found) == len(folders):
+            raise UserError(
+                f'config.data.root: {root!r} has {sorted(folders.values())} but no train '
+                f'folder. {expected}'
+            )
+        return root, {}
+    if others := sorted(set(found.values()) - set(folders.values())):
+        logging.warning('%s: not a split, ignored: %s', root, ', '.join(others))
+    return root, folders
 
 
 def _entries(path: str) -> list[os.DirEntry]:
@@ -114,8 +130,13 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def walk(root: str, relative: str, seen: frozenset[str] = frozenset()) -> list[str]:
-    """Every image below root/relative, relative to root; links that form a cycle are cut."""
+def walk(
+    root: str,
+    relative: str,
+    suffixes: tuple[str, ...] = SUFFIXES,
+    seen: frozenset[str] = frozenset(),
+) -> list[str]:
+    """Every file of these kinds below root/relative, relative to root; cycles of links are cut."""
     path = os.path.join(root, relative)
     real = os.path.realpath(path)
     if real in seen:
@@ -124,10 +145,10 @@ def walk(root: str, relative: str, seen: frozenset[str] = frozenset()) -> list[s
     for entry in _entries(path):
         name = os.path.join(relative, entry.name)
         # By name first: a directory called x.jpg and a dangling link are records, and bad ones.
-        if _is_image(entry.name):
+        if entry.name.lower().endswith(suffixes):
             files.append(name)
         elif entry.is_dir():
-            files += walk(root, name, seen | {real})
+            files += walk(root, name, suffixes, seen | {real})
     return files
 
 
