@@ -65,9 +65,10 @@ def make(
         if k > counts_N.sum():
             raise UserError(f'{where}.clusters: got {k}, but {counts_N.sum()} labelled images.')
         cluster_N = _cluster(subject, x_ND, counts_N, k)[counts_N]
-        yield 'accuracy', percent(matched(label_N[counts_N], cluster_N), 'clustering, accuracy')
+        called = evaluation.titled('clustering', label)
+        yield 'accuracy', percent(matched(label_N[counts_N], cluster_N), f'{called}, accuracy')
         nmi = normalized_mutual_info_score(label_N[counts_N], cluster_N)
-        yield 'nmi', percent(nmi, 'clustering, NMI')
+        yield 'nmi', percent(nmi, f'{called}, NMI')
 
     def _cluster(subject: Subject, x_ND: jax.Array, counts_N: np.ndarray, k: int) -> np.ndarray:
         best, found = np.inf, np.zeros(0, int)

@@ -85,7 +85,8 @@ def make(
 
         voted_M = vote(bank.x_ND, bank.label_N)
         top1 = float(np.mean(voted_M == label_M))
-        yield 'top1', percent(top1, 'knn, all labels' if few else 'knn')
+        called = evaluation.titled('knn', label)
+        yield 'top1', percent(top1, f'{called}, all labels' if few else called)
         for name, labels in few.items():
             # One subset after the other on the host: those of a large share are large.
             scores = [
@@ -93,14 +94,16 @@ def make(
                 for rows in few_labels.draws(bank.label_N, labels, draws, seed)
                 for subset in [gather(subject.mesh, bank.x_ND, rows)]
             ]
-            title = f'knn, {few_labels.titled(name)}'
+            title = f'{called}, {few_labels.titled(name)}'
             yield from few_labels.over_draws(f'top1_{name}', scores, title)
         if confusion:
             size = max(classes, int(label_M.max()) + 1)
             counts_CC = np.zeros((size, size), np.int64)
             np.add.at(counts_CC, (label_M, voted_M), 1)
             names = [*names, *map(str, range(len(names), size))]
-            title = f'kNN, k = {k}: {100 * top1:.1f} % of {len(label_M):,} test records are right'
+            title = (
+                f'{called}, k = {k}: {100 * top1:.1f} % of {len(label_M):,} test records are right'
+            )
             yield 'confusion', figures.confusion(counts_CC, names, title)
 
     return evaluate

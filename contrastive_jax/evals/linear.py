@@ -135,7 +135,8 @@ def make(
         with jax.set_mesh(subject.mesh):
             hits_S = parallel.to_host(_hits(test.x_ND, test.label_N, W_SDC))
         top1 = hits_S / (test.label_N >= 0).sum()
-        title = f'linear, {output}' if prefix else 'linear'
+        title = evaluation.titled('linear', label)
+        title = f'{title}, {output}' if prefix else title
         yield f'{prefix}top1', percent(top1[0], f'{title}, all labels' if few else title)
         for name, scores in zip(few, top1[1:].reshape(-1, draws), strict=True):
             row = f'{title}, {few_labels.titled(name)}'

@@ -87,7 +87,7 @@ def make(
         rank_N = retrieval.ranks(subject.mesh, x_ND, label_N, text_CD, np.arange(len(text_CD)))
         for n in k:
             if n <= len(text_CD):
-                title = 'zeroshot' if n == 1 else f'zeroshot, top {n}'
+                title = evaluation.titled('zeroshot', label) + (f', top {n}' if n > 1 else '')
                 yield f'top{n}', percent((rank_N <= n).mean(), title)
         if per_class:
             present = np.unique(label_N)

@@ -38,6 +38,15 @@ def percent(value: float, title: str) -> Measure:
     return Measure(value, title, PERCENT)
 
 
+def titled(evaluator: str, label: str) -> str:
+    """How titles call an evaluator of one of the data's labels: by both, unless it is 'label'.
+
+    >>> titled('knn', 'label'), titled('knn', 'speaker')
+    ('knn', 'knn, speaker')
+    """
+    return evaluator if label == 'label' else f'{evaluator}, {label}'
+
+
 # An evaluator yields numbers, those with a title as Measures, and figures, the bytes of PNG files.
 Evaluate = Callable[['Subject'], Iterator[tuple[str, float | bytes]]]
 

@@ -226,9 +226,16 @@ def describe(workdir: str, measures: Measures) -> None:
     Args:
         workdir: of the run.
         measures: '<evaluator>/<metric>' -> title, '' for a number that is in no table, and unit.
+            Of a title that is there already, the evaluator's name becomes a part.
     """
     path = epath.Path(workdir) / MEASURES
-    both = described(workdir) | {key: tuple(value) for key, value in measures.items()}
+    both = described(workdir) | {key: (title, unit) for key, (title, unit) in measures.items()}
+    titles: set[str] = set()
+    for key, (title, unit) in both.items():
+        # Of one evaluator with other options: the table has a row for each.
+        if title in titles:
+            both[key] = (title := f'{title}, {key.partition("/")[0]}', unit)
+        titles |= {title} - {''}
     temporary = path.with_name(f'{MEASURES}.tmp')
     temporary.write_text(json.dumps(both, indent=1) + '\n')
     temporary.replace(path)
@@ -255,7 +262,9 @@ def summary(workdir: str, held_out: int) -> None:
     # In the order of the evaluators.
     keys = [key for key in found if key in titled]
     print(f'\nOn {held_out} held-out records; % unless said otherwise, frozen unless fine-tuned\n')
-    print(table({titled[key]: found[key] for key in keys}, COLUMNS), flush=True)
+    some = [i for i in range(len(COLUMNS)) if any(found[key][i] is not None for key in keys)]
+    rows = {titled[key]: [found[key][i] for i in some] for key in keys}
+    print(table(rows, [COLUMNS[i] for i in some]), flush=True)
     results = {titled[key][0]: dict(zip(COLUMNS, found[key], strict=True)) for key in keys}
     (epath.Path(workdir) / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
 
