@@ -78,12 +78,7 @@ def open(
             training reads, and its bad records are not listed in workdir.
     """
     evaluators = build_evaluators(config)
-    splits = data.open_splits(config.data)
-    listed = epath.Path(workdir) / 'bad_records.jsonl' if workdir and not other_data else None
-    bad = BadRecords(listed, sum(map(len, splits.values())), config.data.max_bad)
-    inputs = build_inputs(config)
-    if not other_data:
-        inputs_lib.check(config.inputs.name, inputs, splits['train'], config.data.source)
+    inputs, splits, bad = open_data(config, workdir, other_data=other_data)
     start = None
     started = workdir is not None and checkpoint.latest(workdir) is not None
     if config.init_modules and not config.init_from:
@@ -103,6 +98,23 @@ def open(
         config, mesh, len(splits['train']), start, inputs=inputs, labels=splits['train'].classes
     )
     return built._replace(splits=splits, bad=bad, evaluators=evaluators)
+
+
+def open_data(
+    config: Config, workdir: str | None, *, other_data: bool = False
+) -> tuple[Inputs, dict[str, data.Source], BadRecords]:
+    """The inputs that a config names, not yet prepared; its splits; the register of bad records.
+
+    Args:
+        config, workdir, other_data: as in `open`.
+    """
+    splits = data.open_splits(config.data)
+    listed = epath.Path(workdir) / 'bad_records.jsonl' if workdir and not other_data else None
+    bad = BadRecords(listed, sum(map(len, splits.values())), config.data.max_bad)
+    inputs = build_inputs(config)
+    if not other_data:
+        inputs_lib.check(config.inputs.name, inputs, splits['train'], config.data.source)
+    return inputs, splits, bad
 
 
 def build_evaluators(config: Config) -> dict[str, evaluation.Evaluate]:

@@ -24,7 +24,6 @@ from contrastive_jax import STARTED, data, evaluation, figures, inference, paral
 from contrastive_jax import config as config_lib
 from contrastive_jax import experiment as experiments
 from contrastive_jax.config import Config, UserError
-from contrastive_jax.data.bad_records import BadRecords
 from contrastive_jax.evaluation.subject import Subject
 from contrastive_jax.experiment import Experiment
 from contrastive_jax.inputs import pipeline
@@ -83,9 +82,7 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, f
         environment.record(workdir, experiment.splits)
         if experiment.inputs.tokenizer and jax.process_index() == 0:
             experiment.inputs.tokenizer.save(workdir)
-        for source in experiment.splits.values():
-            for record, reason in getattr(source, 'skipped', ()):
-                experiment.bad.note(record, reason)
+        experiment.bad.note_skipped(experiment.splits)
         writer = records.Writer(workdir, tensorboard=config.tensorboard)
         checkpoints = checkpoint.Checkpoints(workdir, config.keep, config.best)
         try:
@@ -229,12 +226,12 @@ def _evaluate_only(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> dic
 
 
 def _evaluate_baseline(config: Config, workdir: str, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """Evaluates what needs no network, without a run."""
+    """Evaluates what needs no network, without a run, in a workdir that is no run's."""
+    parallel.check_batch(mesh, config.batch_size)
     evaluators = experiments.build_evaluators(config)
-    inputs = experiments.build_inputs(config)
-    splits = data.open_splits(config.data)
-    bad = BadRecords(None, sum(map(len, splits.values())), config.data.max_bad)
+    inputs, splits, bad = experiments.open_data(config, workdir)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+    bad.note_skipped(splits)
     subject = inference.baseline(inputs, splits, mesh, config.batch_size, bad)
     values = _values(subject, evaluators, workdir, None)
     writer = records.Writer(workdir, tensorboard=config.tensorboard)

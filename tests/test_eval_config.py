@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import runpy
 
 import jax
@@ -11,10 +12,11 @@ from pictures import encoded, photo, write
 from test_train import finish, start
 
 from contrastive_jax import experiment, parallel, train
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, images
 from contrastive_jax.workdir import checkpoint, records, runs
 
 ROOT = pathlib.Path(__file__).parents[1]
+TEXT = {'tokenizer': '', 'vocabulary': 300, 'length': 8, 'lower': True}
 KNN = {'k': 20, 'temperature': 0.07, 'per_class': ()}
 
 
@@ -139,6 +141,36 @@ def test_another_data_set_has_records_of_its_own(run, photos):
     assert of_step(folder, 0).keys() == {'eval/knn/top1', 'eval/knn/baseline_top1'}
     assert json.loads((folder / 'results.json').read_text()).keys() == {'knn'}
     assert not (run / 'bad_records.jsonl').exists()
+
+
+def test_a_baseline_needs_no_run(run, photos, tmp_path, capsys):
+    config = suite(knn=KNN, knn_3={'name': 'knn', 'k': 3, 'per_class': (), 'label': 'label'})
+    with config.unlocked():
+        config.data.update({'source': 'folder', 'root': str(photos), 'max_bad': 0.1})
+        config.inputs = {**images(), 'size': 16, 'crop_fraction': 1.0}
+        config.batch_size = 8
+    workdir = tmp_path / 'new'
+    values = train.run(config, str(workdir), eval_only=True)
+    assert values.keys() == {'eval/knn/baseline_top1', 'eval/knn_3/baseline_top1'}
+    assert of_step(workdir, 0) == values
+    # Two of one evaluator have a row each, and columns without a number are not printed.
+    assert json.loads((workdir / 'results.json').read_text()) == {
+        title: {'baseline': value, 'untrained': None, 'trained': None}
+        for title, value in zip(('knn', 'knn, knn_3'), values.values(), strict=True)
+    }
+    printed = capsys.readouterr().out
+    assert re.search(r'^ +baseline$', printed, re.MULTILINE)
+    bad = [json.loads(line) for line in (workdir / 'bad_records.jsonl').read_text().splitlines()]
+    assert [entry['record'] for entry in bad] == ['train/cat/bad.png']
+    # The same again is the same again; a run's records are not for it to overwrite.
+    assert train.run(config, str(workdir), eval_only=True) == values
+    with pytest.raises(UserError, match=r'config\.batch_size: got 8, but this is for the run in'):
+        train.run(config, str(run), eval_only=True)
+    with config.unlocked():
+        config.data.update({'source': 'digits', 'root': ''})
+        config.inputs = {**images(), 'name': 'captions', 'text': TEXT}
+    with pytest.raises(UserError, match=r"'captions' reads 'captions' of a record"):
+        train.run(config, str(tmp_path / 'other'), eval_only=True)
 
 
 def test_mistakes(run, tmp_path):

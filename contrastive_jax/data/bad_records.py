@@ -3,11 +3,13 @@
 import json
 import os
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 
 from contrastive_jax.config import UserError
+from contrastive_jax.data import Source
 
 
 class BadRecords:
@@ -71,6 +73,12 @@ class BadRecords:
                 self._notes.add(record)
                 logging.warning('left out %s: %s', record, reason)
                 self._write({'record': record, 'reason': reason, 'usable': True})
+
+    def note_skipped(self, splits: Mapping[str, Source]) -> None:
+        """Lists what the sources themselves have left out."""
+        for source in splits.values():
+            for record, reason in getattr(source, 'skipped', ()):
+                self.note(record, reason)
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.path is None:

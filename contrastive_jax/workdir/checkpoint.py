@@ -159,7 +159,7 @@ def check(
     Raises:
         UserError: the workdir's config differs; the keys are listed with both values.
     """
-    if not must_exist and not (epath.Path(workdir) / CONFIG).exists():
+    if not must_exist and not exists(workdir):
         return
     # Keys that a run is older than had the effect of their defaults.
     theirs = defaults() | flatten(read(workdir))
@@ -178,6 +178,11 @@ def check(
             + '\n'.join(differing)
             + '\nUse another --workdir, or the config that it was started with.'
         )
+
+
+def exists(workdir: str | os.PathLike) -> bool:
+    """Whether the workdir is a run's."""
+    return (epath.Path(workdir) / CONFIG).exists()
 
 
 def read(workdir: str | os.PathLike) -> dict[str, Any]:

@@ -285,9 +285,10 @@ def evaluations(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float | 
     # Evaluators that came later may have more to say of what is there.
     for key in sorted(names, key=lambda key: evaluators.index(key.split('/')[1])):
         _, evaluator, metric = key.split('/', 2)
-        if not metric.startswith(BASELINE):
-            baseline = first.get(f'eval/{evaluator}/{BASELINE}{metric}')
-            found[f'{evaluator}/{metric}'] = [baseline, first.get(key), last.get(key)]
+        # Where there is no run, the baseline's are all there are.
+        metric = metric.removeprefix(BASELINE)
+        baseline, own = (f'eval/{evaluator}/{prefix}{metric}' for prefix in (BASELINE, ''))
+        found[f'{evaluator}/{metric}'] = [first.get(baseline), first.get(own), last.get(own)]
     return found
 
 

@@ -28,7 +28,8 @@ def resolve(config: Config, workdir: str, eval_only: bool) -> Config:
 
     Args:
         config: as in `train.run`, or one of evaluators alone: `evals`, and maybe other data. One
-            that names inputs but no method is of the baseline, which needs no run.
+            that names inputs but no method is of the baseline, which needs no run: its workdir is
+            one without.
         workdir: of the run, whose method, model and inputs stay what they are.
         eval_only: whether nothing is trained.
 
@@ -43,7 +44,7 @@ def resolve(config: Config, workdir: str, eval_only: bool) -> Config:
             'config.method: not set. A config of evaluators alone looks at what is trained: '
             '--eval_only --workdir=RUN.'
         )
-    if config.inputs.get('name'):
+    if config.inputs.get('name') and not checkpoint.exists(workdir):
         return config
     found, default = config_of(workdir), config_lib.base()
     flat = [config_lib.flatten(c.to_dict()) for c in (config, default)]
