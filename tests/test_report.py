@@ -53,7 +53,9 @@ class Parsed(html.parser.HTMLParser):
         return [re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', row, re.S) for row in found]
 
 
-def run(workdir, name='simclr', temperature=0.1, steps=20, command=(), evil=''):
+def run(
+    workdir, name='simclr', temperature=0.1, steps=20, command=(), evil='', baseline='baseline'
+):
     """A workdir as a run leaves it."""
     config = {
         'batch_size': 16,
@@ -90,7 +92,7 @@ def run(workdir, name='simclr', temperature=0.1, steps=20, command=(), evil=''):
     pngs = []
     for i, file in enumerate(
         ['views.png', 'pictures/step_20/tsne_map.png', 'pictures/step_20/knn_confusion.png',
-         'pictures/step_0/tsne_map.png', 'pictures/pixels/tsne_map.png']
+         'pictures/step_0/tsne_map.png', f'pictures/{baseline}/tsne_map.png']
     ):  # fmt: skip
         pngs.append(encoded(photo(100 * steps + i, 20 + i, 30), 'PNG'))
         write(workdir / file, pngs[-1])
@@ -138,7 +140,7 @@ def test_one_run(tmp_path):
 
 def test_several_runs_are_side_by_side(tmp_path):
     pngs = run(tmp_path / 'a/run') + run(tmp_path / 'b/run', 'moco', steps=40)
-    pngs += run(tmp_path / 'c', temperature=0.5, steps=60)
+    pngs += run(tmp_path / 'c', temperature=0.5, steps=60, baseline='pixels')
     workdirs = [str(tmp_path / name) for name in ('a/run', 'b/run', 'c')]
     text = page.render(report.read(workdirs))
     parsed = check(text, pngs)

@@ -243,7 +243,7 @@ class Subject:
             say(reason)
             return None
         if self.weights is None:
-            say('raw pixels have none')
+            say('the baseline has none')
             return None
         images = self.sample(count)
         if not len(images['image']):
