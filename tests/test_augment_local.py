@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from contrastive_jax import augment, state
 from contrastive_jax.config import UserError
-from contrastive_jax.method import Method
+from contrastive_jax.method import Aux, Method
 
 S, SMALL = 16, 8
 UNIT = {'mean': (0.0, 0.0, 0.0), 'std': (1.0, 1.0, 1.0)}
@@ -123,7 +123,7 @@ def test_a_micro_batch_holds_the_local_views_of_its_images(accumulate):
     def loss(params, extra, part, key, progress):
         views, local = (part[k].reshape(16 // accumulate, -1) for k in given)
         apart = jnp.abs(views[:, :1] - local).max()
-        return params['w'] * local.mean(), (extra, {'apart': apart})
+        return params['w'] * local.mean(), Aux(extra, {'apart': apart})
 
     tx = optax.sgd(1.0)
     params = {'w': jnp.ones(())}

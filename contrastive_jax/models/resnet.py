@@ -3,6 +3,7 @@
 Dimension key: B batch, H W image, C channels, h w map, D features.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from contrastive_jax.config import UserError, choose
+from contrastive_jax.similarity.tiles import device_count
 
 SIZES = {  # He et al. 2016, table 1
     '18': {'widths': (64, 128, 256, 512), 'blocks': (2, 2, 2, 2), 'block': 'basic'},
@@ -92,25 +94,35 @@ def _backward(stride, padding, saved, d_out):
 
 def _kernel_gradient(x, d_out, side, stride, padding):
     """patches^T @ d_out, over a few images at a time so that their patches stay in the cache."""
-    batch, rows, columns, width = d_out.shape
+    # Every device adds up its own images' share, and the shares meet after the loop: once instead
+    # of once a turn, and because XLA's CPU runtime can hang on a collective within a loop.
+    devices = math.gcd(len(x), device_count())
+    x, d_out = (y.reshape(devices, -1, *y.shape[1:]) for y in (x, d_out))
+    batch, rows, columns, width = d_out.shape[1:]
     channels = x.shape[-1]
-    most = max(8, 2**17 // (rows * columns * channels))
-    images = max(n for n in range(1, min(batch, most) + 1) if batch % n == 0)
-    # [images, groups]: a batch that is sharded over its first axis stays so in every group.
-    x = x.reshape(images, batch // images, *x.shape[1:])
-    d_out = d_out.reshape(images, batch // images, rows * columns, width)
+    most = max(8, 2**17 // (rows * columns * channels)) // devices
+    images = max(n for n in range(1, min(batch, max(1, most)) + 1) if batch % n == 0)
 
-    def add(total, i):
-        one = jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
-        patches = [p.reshape(-1, channels) for p in _patches(one, side, stride, padding)]
-        d_one = jax.lax.dynamic_index_in_dim(d_out, i, axis=1, keepdims=False).reshape(-1, width)
-        product = jnp.einsum(
-            'PNC,ND->PCD', jnp.stack(patches), d_one, preferred_element_type=jnp.float32
-        )
-        return total + product, None
+    def share(x, d_out):
+        x = x.reshape(images, batch // images, *x.shape[1:])
+        d_out = d_out.reshape(images, batch // images, rows * columns, width)
 
-    start = jnp.zeros((side * side, channels, width), jnp.float32)
-    total, _ = jax.lax.scan(add, start, jnp.arange(batch // images))
+        def add(total, i):
+            one = jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
+            patches = [p.reshape(-1, channels) for p in _patches(one, side, stride, padding)]
+            d_one = jax.lax.dynamic_index_in_dim(d_out, i, axis=1, keepdims=False)
+            product = jnp.einsum(
+                'PNC,ND->PCD',
+                jnp.stack(patches),
+                d_one.reshape(-1, width),
+                preferred_element_type=jnp.float32,
+            )
+            return total + product, None
+
+        start = jnp.zeros((side * side, channels, width), jnp.float32)
+        return jax.lax.scan(add, start, jnp.arange(batch // images))[0]
+
+    total = jax.vmap(share)(x, d_out).sum(0)
     return total.reshape(side, side, channels, width).astype(x.dtype)
 
 
