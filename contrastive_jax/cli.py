@@ -74,8 +74,8 @@ def compilation_cache() -> None:
 def cpu_devices(config: Config) -> None:
     """On CPUs one device a core, up to 8, as far as the batch divides; XLA_FLAGS may say otherwise.
 
-    XLA spreads one device's small operations badly over cores: the digits' ViT took 0.7 of the time
-    on two devices (other encoders gained less or nothing, in noisy runs). No effect elsewhere.
+    XLA spreads one device's small operations badly over cores, which costs small ViTs the most: see
+    docs/results.md. No effect elsewhere.
     """
     import jax
 

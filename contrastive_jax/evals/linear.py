@@ -62,7 +62,7 @@ def make(
         strengths: candidates, each above 0.
         outputs: what of the encoder is classified: 'features', or any that its model names: 'map',
             'stage1', 'cls', 'patches', 'block3', 'last4', ..., or patterns of names, which may
-            match none: 'block*'. Maps and patches are pooled, see `Encoder.features`; each needs
+            match none: 'block*'. Maps and patches are pooled, see `Subject.features`; each needs
             memory for up to 9,216 dimensions, three times.
         per_class: numbers of labels per class to evaluate beside all labels.
         fractions: shares of the labels to evaluate, too, in (0, 1], the same share of every class.

@@ -19,7 +19,7 @@ def pooled(x: jax.Array, name: str) -> jax.Array:
 
     Args:
         x: [B, D], which stays as it is, or a map [B, h, w, C] or patches [B, h·h, C], see
-            `evals.Encoder.features`.
+            `evaluation.subject.Subject.features`.
         name: for errors.
 
     Raises:
