@@ -15,7 +15,7 @@ from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce, proto_nce, unit
 from contrastive_jax.method import Aux, Batch, Method, Refresh, Tree
 from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Chain, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_numbers, check_views, seen
 from contrastive_jax.networks.kmeans import concentration, kmeans
 from contrastive_jax.networks.target import Target
 
@@ -118,7 +118,7 @@ def make(
 
     def embed(params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
         del params
-        out, _ = target.views(extra['target'], batch['image'][:, None])
+        out, _ = target.views(extra['target'], seen(batch)[:, None])
         return {'features': unit(out['projector'][:, 0])}
 
     def update(extra: Tree, z_ND: jax.Array, key: jax.Array, progress: jax.Array) -> Tree:

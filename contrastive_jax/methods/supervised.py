@@ -13,7 +13,7 @@ from contrastive_jax import models
 from contrastive_jax.config import UserError
 from contrastive_jax.layers.heads import Classifier
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Chain, check_numbers
+from contrastive_jax.networks.chain import Chain, check_numbers, seen
 
 
 def make(
@@ -74,7 +74,7 @@ def make(
         return mean(loss_B), Aux({'stats': stats}, {'accuracy': mean(right_B)})
 
     def encode(params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
-        out, _ = network(params, extra['stats'], batch['image'], train=False)
+        out, _ = network(params, extra['stats'], seen(batch), train=False)
         return {'features': out['encoder'], 'logits': out['head'], **out['named']}
 
     return Method(network.start, loss, encode)

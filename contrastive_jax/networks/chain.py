@@ -12,6 +12,7 @@ from einops import rearrange
 
 from contrastive_jax import models
 from contrastive_jax.config import UserError
+from contrastive_jax.inputs import INDEX
 from contrastive_jax.method import Batch, Tree
 
 
@@ -83,7 +84,7 @@ class Chain:
         """As a call, of all views at once: the outputs lead with [B, V]."""
         V = views_BVHWC.shape[1]
         # (b v): the views of one image stay on one device.
-        images = rearrange(views_BVHWC, 'b v h w c -> (b v) h w c')
+        images = rearrange(views_BVHWC, 'b v ... -> (b v) ...')
         outputs, stats = self(params, stats, images, **options)
         outputs = jax.tree.map(lambda x: x.reshape(-1, V, *x.shape[1:]), outputs)
         return outputs, stats
@@ -97,7 +98,13 @@ class Chain:
 
     def encode(self, params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
         """`Method.encode` of a method whose `extra` holds this network's averages as 'stats'."""
-        return self.features(params, extra['stats'], batch['image'])
+        return self.features(params, extra['stats'], seen(batch))
+
+
+def seen(batch: Batch) -> jax.Array:
+    """The array that an encoder is shown of an evaluation batch: images, waves."""
+    (x,) = (x for name, x in batch.items() if name != INDEX)
+    return x
 
 
 def check_views(method: str, views_BVHWC: jax.Array, count: int) -> None:
