@@ -177,12 +177,11 @@ def open_splits(data: Any) -> dict[str, Source]:
     """Opens the splits of the source that a config names.
 
     Args:
-        data: a mapping (config.data) with `source`: 'digits', 'digits:grids', 'folder', 'captions',
-            'webdataset', 'tfds:<name>' or 'array_record', the part before ':' being a module of
-            `data/sources`; `root`: a directory, '' where the source needs none; `holdout`: the
-            share of train that serves as test where the source has no test split (default 0.1);
-            `captions`: the file of them. The other keys are read where the source's `make` has a
-            parameter of that name.
+        data: a mapping (config.data) with `source`: a module of `data/sources`, and behind a ':'
+            what its `make` takes as the argument: 'folder', 'digits:grids', 'tfds:<name>'; `root`:
+            a directory, '' where the source needs none; `holdout`: the share of train that serves
+            as test where the source has no test split (default 0.1); `captions`: the file of them.
+            The other keys are read where the source's `make` has a parameter of that name.
 
     Returns:
         'train' and 'test', and 'validation' where the source has one of its own beside a test
