@@ -11,6 +11,8 @@ import difflib
 import importlib
 import inspect
 import json
+import math
+import numbers
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -41,6 +43,40 @@ def choose(what: str, got: str, options: Mapping[str, Any], where: str = '') -> 
     if got not in options:
         raise unknown(what, got, options, where)
     return options[got]
+
+
+def check_range(
+    where: str,
+    values: Mapping[str, Any],
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+    whole: bool = False,
+    who: str = '',
+) -> None:
+    """Raises UserError unless every value is a finite number within the bounds.
+
+    Args:
+        where: the config key that the values lie under, for errors: 'config.method'.
+        values: name -> number.
+        least, most: bounds that a value may be.
+        above, below: bounds that it may not be.
+        whole: integers alone.
+        who: asks for it, for errors: the name of a method.
+    """
+    said = {'above': above, 'below': below, 'of at least': least, 'of at most': most}
+    if math.isfinite(least) and math.isfinite(most):
+        said = {f'from {least:g} to': most}
+    bounds = [f'{word} {bound:g}' for word, bound in said.items() if math.isfinite(bound)]
+    expected = ' '.join(['a whole number' if whole else 'a number', ' and '.join(bounds)]).strip()
+    kind: Any = numbers.Integral if whole else numbers.Real
+    for name, value in values.items():
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        if not (number and least <= value <= most and above < value < below):
+            asks = f'{who} expects' if who else 'expected'
+            raise UserError(f'{where}.{name}: got {value!r}; {asks} {expected}.')
 
 
 def call(function: Callable, where: str, *args: Any, **kwargs: Any) -> Any:

@@ -10,28 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from contrastive_jax.config import UserError, choose, unknown
+from contrastive_jax.config import UserError, check_range, choose, unknown
 
 Decay = float | optax.Schedule
 
 WHERE = 'config.optim'
-INFINITY = float('inf')
-RANGES = {
-    'learning_rate': (0, INFINITY),
-    'weight_decay': (0, INFINITY),
-    'final_weight_decay': (0, INFINITY),
-    'layer_decay': (0, 1),
-    'warmup': (0, 1),
-    'final_fraction': (0, 1),
-    'clip_norm': (0, INFINITY),
-    'momentum': (0, 1),
-    'b1': (0, 1),
-    'b2': (0, 1),
-    'eps': (0, INFINITY),
-    'trust_coefficient': (0, INFINITY),
-    'total_steps': (1, INFINITY),
-    'batch_size': (1, INFINITY),
-}
+SHARES = ('layer_decay', 'warmup', 'final_fraction', 'momentum', 'b1', 'b2')  # from 0 to 1
 SCALINGS: Mapping[str, Callable[[int], float]] = {  # of the learning rate, by the batch size
     'linear': lambda batch_size: batch_size / 256,  # Goyal et al. 2017, arXiv:1706.02677
     'sqrt': lambda batch_size: math.sqrt(batch_size / 1024),  # DINOv2
@@ -287,15 +271,12 @@ def make(
     for key in options:
         if key not in own:
             raise unknown(f'key for {name}', key, [*own, *shared, 'scaling'], WHERE)
+    given = {k: v for k, v in (shared | options).items() if v is not None}
+    shares = {k: v for k, v in given.items() if k in SHARES}
+    check_range(WHERE, shares, least=0, most=1)
+    check_range(WHERE, {k: v for k, v in given.items() if k not in shares}, least=0)
     steps = {'total_steps': total_steps, 'batch_size': batch_size}
-    for key, value in (shared | options | steps).items():
-        if key == 'final_weight_decay' and value is None:
-            continue
-        low, high = RANGES[key]
-        if not low <= value <= high or value == INFINITY:
-            upper = '' if high == INFINITY else f' and at most {high:g}'
-            where = f'{WHERE}.{key}' if key not in steps else f'config.{key}'
-            raise UserError(f'{where}: got {value}; expected a number of at least {low:g}{upper}.')
+    check_range('config', steps, least=1, whole=True)
     schedule = warmup_cosine(learning_rate * scale(batch_size), total_steps, warmup, final_fraction)
     decay: Decay = weight_decay
     if final_weight_decay is not None:

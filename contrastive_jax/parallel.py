@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, check_range
 
 Item = TypeVar('Item')
 AXIS = 'data'
@@ -115,9 +115,8 @@ def lay_out(mesh: Mesh, tree: Any, fsdp: bool) -> Any:
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1, microbatch: int = 0) -> None:
     """Raises UserError unless every device gets the same number of rows of every micro-batch."""
-    for name, value, least in (('accumulate', accumulate, 1), ('microbatch', microbatch, 0)):
-        if value < least:
-            raise UserError(f'config.{name}: got {value}; expected at least {least}.')
+    check_range('config', {'accumulate': accumulate}, least=1, whole=True)
+    check_range('config', {'microbatch': microbatch}, least=0, whole=True)
     parts = mesh.size * accumulate
     if batch_size <= 0 or batch_size % parts:
         near = max(1, round(batch_size / parts)) * parts

@@ -77,5 +77,7 @@ def test_features_of_half_precision_give_float32():
 @pytest.mark.parametrize('key', ['hidden', 'out', 'layers'])
 def test_errors_say_what_to_do(key):
     head = MLP(**{'hidden': 4, 'out': 4, 'layers': 2, key: 0})
-    with pytest.raises(UserError, match=f'got {key}=0; expected at least 1'):
+    with pytest.raises(
+        UserError, match=rf'head\.{key}: got 0; expected a whole number of at least 1'
+    ):
         models.init(head, jax.random.key(0), jnp.zeros((2, 4)))

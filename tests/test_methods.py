@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import runpy
@@ -202,6 +203,30 @@ def test_unknown_keyword_names_the_closest(name):
         make(name, nonesuch=1)
 
 
+def options_of(name):
+    return inspect.signature(importlib.import_module(f'contrastive_jax.methods.{name}').make)
+
+
+@pytest.mark.parametrize(
+    ('name', 'key', 'value', 'expected'),
+    [
+        (name, *rest)
+        for rest in (
+            ('temperature', 0.0, 'above 0'),
+            ('teacher_temperature', (0.0, 0.1), 'above 0'),
+            ('momentum', 1.5, 'from 0 to 1'),
+            ('frozen', -0.1, 'from 0 to 1'),
+            ('queue', 0.5, 'a whole number of at least'),
+        )
+        for name in NAMES
+        if rest[0] in options_of(name).parameters
+    ],
+)
+def test_numbers_out_of_range_are_explained(name, key, value, expected):
+    with pytest.raises(UserError, match=rf'method\.{key}: got .*; {name} expects .*{expected}'):
+        make(name, **{key: value})
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_the_file_says_its_paper(name):
     text = importlib.import_module(f'contrastive_jax.methods.{name}').__doc__
@@ -377,9 +402,6 @@ class TestText:
         example = {k: jnp.asarray(v) for k, v in batch_of(name).items()}
         with pytest.raises(UserError, match=r'projection: got 8;.*16'):
             make(name, locked=True, projection=8).init(jax.random.key(0), example, RECORDS)
-        without = {k: v for k, v in example.items() if k != 'text'}
-        with pytest.raises(UserError, match=r'config\.data\.text: not set'):
-            make(name).init(jax.random.key(0), without, RECORDS)
         model = build('models', MODELS['vit'], 'test')
         with pytest.raises(UserError, match="'text' is required"):
             build('methods', small(name).method.to_dict(), 'config.method', model)

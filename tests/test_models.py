@@ -605,7 +605,7 @@ def test_config_lists_the_models():
         (vit.make, {**TINY_VIT, 'pool': 'max'}, ["'max'", "'cls', 'mean'"]),
         (vit.make, {**TINY_VIT, 'position': 'sincos'}, ["Did you mean 'sincos2d'"]),
         (vit.make, {**TINY_VIT, 'drop_path': 1.0}, ['config.model.drop_path', '1.0', 'below 1']),
-        (vit.make, {**TINY_VIT, 'layer_scale': 0.0}, ['config.model.layer_scale', 'more than 0']),
+        (vit.make, {**TINY_VIT, 'layer_scale': 0.0}, ['config.model.layer_scale', 'above 0']),
         (vit.make, {**TINY_VIT, 'dtype': 'float16'}, ["'float16'", "'float32', 'bfloat16'"]),
         (resnet.make, {}, ["size='custom'", "'widths'"]),
         (resnet.make, {'size': 19}, ["unknown size '19'", "'18', '34', '50', '101', 'custom'"]),
@@ -613,7 +613,7 @@ def test_config_lists_the_models():
         (
             resnet.make,
             {'size': 18, 'blocks': (2, 0, 2, 2)},
-            ['config.model.blocks', '(2, 0, 2, 2)'],
+            ['config.model.blocks[1]: got 0', 'at least 1'],
         ),
         (resnet.make, {'size': 18, 'block': 'bottle'}, ["Did you mean 'bottleneck'"]),
         (resnet.make, {'size': 18, 'stem': 'cfar'}, ["Did you mean 'cifar'"]),

@@ -46,7 +46,7 @@ def make(
     std: Sequence[float],
     local_views: int = 0,
     local_size: int = 96,
-    where: str = 'config.augment',
+    where: str = 'config.inputs.augment',
 ) -> Callable[[jax.Array, Mapping[str, jax.Array]], dict[str, jax.Array]]:
     """The augmentation that `spec` describes, as a pure function to call within the jitted step.
 
@@ -77,9 +77,8 @@ def make(
         UserError: unknown operation or option, or an option out of its range.
     """
     _check_mean_and_std(mean, std)
-    for name, value, least in (('local_views', local_views, 0), ('local_size', local_size, 1)):
-        if value < least:
-            raise config.UserError(f'config.data.{name}: got {value}, expected at least {least}.')
+    config.check_range('config.inputs', {'local_views': local_views}, least=0, whole=True)
+    config.check_range('config.inputs', {'local_size': local_size}, least=1, whole=True)
     for name in spec:
         if name not in ORDER:
             raise config.unknown('augmentation', name, ORDER, where)

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, check_range
 
 # (key, draw_BVR, x_BVCHW) -> x_BVCHW, on images in [0, 1]. `draw` holds R numbers from U[0, 1) for
 # each image; the first is the coin. `key` is for draws as large as the image.
@@ -24,22 +24,20 @@ class Frame(NamedTuple):
     local: bool = False  # whether it will see these instead
 
 
-def number(name: str, value: object, frame: Frame, low: float, high: float = math.inf) -> float:
+def number(name: str, value: Any, frame: Frame, low: float, high: float = math.inf) -> float:
     """`value` as a float within [low, high], or an error that names the option."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        span = f'from {low:g} to {high:g}' if high < math.inf else f'of at least {low:g}'
-        raise UserError(f'{frame.where}.{name}: expected a number {span}, got {value!r}.')
+    check_range(frame.where, {name: value}, least=low, most=high)
     return float(value)
 
 
 def interval(
-    name: str, value: object, frame: Frame, low: float, high: float = math.inf
+    name: str, value: Any, frame: Frame, low: float, high: float = math.inf
 ) -> tuple[float, float]:
     """A pair (lowest, highest) within [low, high]; a single number stands for both."""
     pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise UserError(
-            f'{frame.where}.{name}: expected a number or a pair (lowest, highest), got {value!r}.'
+            f'{frame.where}.{name}: got {value!r}; expected a number or a pair (lowest, highest).'
         )
     lowest, highest = (number(name, v, frame, low, high) for v in pair)
     if lowest > highest:
@@ -61,8 +59,8 @@ def chance(prob: float | Sequence[float], frame: Frame) -> Callable[[jax.Array],
     if len(each) != expected:
         more = f' and a last one for the local views ({expected} in all)' if L else ''
         raise UserError(
-            f'{frame.where}.prob: expected a number or a tuple with one for each of the {V} views'
-            f'{more}, got {prob!r}.'
+            f'{frame.where}.prob: got {prob!r}; expected a number or a tuple with one for each of '
+            f'the {V} views{more}.'
         )
     each = [number('prob', p, frame, 0, 1) for p in each]
     prob_V = np.asarray(each[V:] * L if frame.local else each[:V], np.float32)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from contrastive_jax.config import UserError
+from contrastive_jax.config import check_range
 from contrastive_jax.losses.scores import unit
 
 
@@ -47,9 +47,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, D] -> [B, E], float32, not normalised."""
-        for key in ('hidden', 'out', 'layers'):
-            if getattr(self, key) < 1:
-                raise UserError(f'head: got {key}={getattr(self, key)}; expected at least 1.')
+        sizes = {'hidden': self.hidden, 'out': self.out, 'layers': self.layers}
+        check_range('head', sizes, least=1, whole=True)
         x = x.astype(jnp.float32)
         for i in range(1, self.layers + 1):
             last = i == self.layers

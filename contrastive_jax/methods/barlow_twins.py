@@ -6,9 +6,10 @@ The cross-correlation of the two views' embeddings, over the global batch, is dr
 import jax
 
 from contrastive_jax import losses, models
+from contrastive_jax.config import check_range
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Chain, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_views
 
 
 def make(
@@ -28,7 +29,8 @@ def make(
         projection: dimensions of the embeddings; the paper finds that many help.
         hidden: width of the projector's two hidden layers.
     """
-    check_numbers('barlow_twins', ('scale',), off_diagonal=off_diagonal, scale=scale)
+    check_range('config.method', {'scale': scale}, above=0, who='barlow_twins')
+    check_range('config.method', {'off_diagonal': off_diagonal}, least=0, who='barlow_twins')
     network = Chain(model, projector=MLP(hidden, projection, layers=3))
 
     def loss(

@@ -7,10 +7,11 @@ there are no negatives.
 import jax
 
 from contrastive_jax import models
+from contrastive_jax.config import check_range
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import cosine_distance, output_std
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Chain, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_views
 from contrastive_jax.networks.target import Target, momentum_to_one
 
 
@@ -29,7 +30,7 @@ def make(
         projection: dimensions that are predicted.
         hidden: width of the hidden layers of projector and predictor.
     """
-    check_numbers('byol', momentum=momentum)
+    check_range('config.method', {'momentum': momentum}, least=0, most=1, who='byol')
     # The predictor's BatchNorm keeps gradients from a bias in front of it, so Adam would let it
     # wander, and the targets with it.
     projector = MLP(hidden, projection, last_bias=False)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import losses, models
+from contrastive_jax.config import check_range
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import check_numbers
 from contrastive_jax.networks.pair import Pair, at_most
 
 
@@ -35,7 +35,7 @@ def make(
         most: of 1/τ, > 0; the paper clips it at 100 for stability.
         locked: keep the image encoder as it is, LiT; give it weights by config.init_from.
     """
-    check_numbers('clip', ('temperature', 'most'), temperature=temperature, most=most)
+    check_range('config.method', {'temperature': temperature, 'most': most}, above=0, who='clip')
     pair = Pair(model, text, projection, locked)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import losses, models
+from contrastive_jax.config import check_range
 from contrastive_jax.layers.heads import DINOHead
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Chain, check_numbers, hold, join_crops
+from contrastive_jax.networks.chain import Chain, hold, join_crops
 from contrastive_jax.networks.target import Target, momentum_to_one, ramp
 
 
@@ -44,14 +45,11 @@ def make(
         bottleneck: dimensions in front of the last layer.
         batch_norm: in the head.
     """
-    check_numbers(
-        'dino',
-        ('temperature', 'teacher_temperature'),
-        temperature=temperature,
-        teacher_temperature=min(teacher_temperature),
-        sharpen=sharpen,
-        frozen=frozen,
-    )
+    temperatures = {'temperature': temperature, 'teacher_temperature': min(teacher_temperature)}
+    shares = {'sharpen': sharpen, 'frozen': frozen}
+    shares |= {'momentum': momentum, 'centre_momentum': centre_momentum}
+    check_range('config.method', temperatures, above=0, who='dino')
+    check_range('config.method', shares, least=0, most=1, who='dino')
     network = Chain(model, head=DINOHead(prototypes, hidden, bottleneck, batch_norm=batch_norm))
     target = Target(network, ('encoder', 'head'), momentum_to_one(momentum))
 

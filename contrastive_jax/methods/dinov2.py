@@ -13,10 +13,10 @@ from einops import rearrange
 
 from contrastive_jax import losses, models
 from contrastive_jax.augment.masking import block_mask
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, check_range
 from contrastive_jax.layers.heads import DINOHead
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Chain, check_numbers, hold, join_crops
+from contrastive_jax.networks.chain import Chain, hold, join_crops
 from contrastive_jax.networks.target import Target, momentum_to_one, ramp
 
 
@@ -55,16 +55,12 @@ def make(
         hidden: width of the heads' hidden layers.
         bottleneck: dimensions in front of the last layers.
     """
-    check_numbers(
-        'dinov2',
-        ('temperature', 'teacher_temperature'),
-        temperature=temperature,
-        teacher_temperature=min(teacher_temperature),
-        sharpen=sharpen,
-        frozen=frozen,
-        koleo=koleo,
-        patches=patches,
-    )
+    temperatures = {'temperature': temperature, 'teacher_temperature': min(teacher_temperature)}
+    shares = {'sharpen': sharpen, 'frozen': frozen, 'momentum': momentum, 'mask_prob': mask_prob}
+    weights = {'koleo': koleo, 'patches': patches}
+    check_range('config.method', temperatures, above=0, who='dinov2')
+    check_range('config.method', shares, least=0, most=1, who='dinov2')
+    check_range('config.method', weights, least=0, who='dinov2')
     network = Chain(model, head=DINOHead(prototypes, hidden, bottleneck))
     patch_head = DINOHead(prototypes, hidden, bottleneck)
     target = Target(network, ('encoder', 'head', 'patch_head'), momentum_to_one(momentum))

@@ -15,12 +15,12 @@ https://arxiv.org/abs/2101.08482): a key then depends on its own image alone.
 import jax
 
 from contrastive_jax import models
-from contrastive_jax.config import choose
+from contrastive_jax.config import check_range, choose
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce, unit
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Chain, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_views
 from contrastive_jax.networks.target import Target
 
 
@@ -52,7 +52,9 @@ def make(
         key_norm: statistics of the key network's BatchNorm: 'running' (see above) or 'batch',
             those of the batch, for comparison.
     """
-    check_numbers('moco', ('temperature', 'queue'), temperature=temperature, queue=queue)
+    check_range('config.method', {'temperature': temperature}, above=0, who='moco')
+    check_range('config.method', {'momentum': momentum}, least=0, most=1, who='moco')
+    check_range('config.method', {'queue': queue}, least=1, whole=True, who='moco')
     choose('key_norm', key_norm, dict.fromkeys(('running', 'batch')), 'config.method')
     head = MLP(hidden, projection, layers=layers, batch_norm=batch_norm)
     network = Chain(model, projector=head)

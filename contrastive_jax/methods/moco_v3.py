@@ -8,10 +8,11 @@ paper trains ViTs with the patch projection left at random: `model.freeze_patch_
 import jax
 
 from contrastive_jax import models
+from contrastive_jax.config import check_range
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Chain, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_views
 from contrastive_jax.networks.target import Target, momentum_to_one
 
 
@@ -36,7 +37,8 @@ def make(
         layers: of the projector: 3 for ViTs, 2 for ResNet-50.
         predictor_batch_norm: BatchNorm after the predictor's last layer: for ViTs, not ResNet-50.
     """
-    check_numbers('moco_v3', ('temperature',), temperature=temperature)
+    check_range('config.method', {'temperature': temperature}, above=0, who='moco_v3')
+    check_range('config.method', {'momentum': momentum}, least=0, most=1, who='moco_v3')
     network = Chain(
         model,
         projector=MLP(hidden, projection, layers, last_batch_norm=True, last_scale=False),

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import models, similarity
+from contrastive_jax.config import check_range
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce, unit
 from contrastive_jax.losses.scores import inner
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Chain, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_views
 
 
 def make(
@@ -35,7 +36,8 @@ def make(
         hidden: width of the projector's two hidden layers.
         predictor: width of the predictor's hidden layer.
     """
-    check_numbers('nnclr', ('temperature', 'queue'), temperature=temperature, queue=queue)
+    check_range('config.method', {'temperature': temperature}, above=0, who='nnclr')
+    check_range('config.method', {'queue': queue}, least=1, whole=True, who='nnclr')
     network = Chain(
         model,
         projector=MLP(hidden, projection, layers=3, last_batch_norm=True),

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import models
+from contrastive_jax.config import check_range
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce, proto_nce, unit
 from contrastive_jax.method import Aux, Batch, Method, Refresh, Tree
 from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Chain, check_numbers, check_views, seen
+from contrastive_jax.networks.chain import Chain, check_views, seen
 from contrastive_jax.networks.kmeans import concentration, kmeans
 from contrastive_jax.networks.target import Target
 
@@ -55,15 +56,13 @@ def make(
         layers: of the head: 1 (v1) or 2 (v2).
         batch_norm: in the head; the authors use none.
     """
-    check_numbers(
-        'pcl',
-        ('temperature', 'queue', 'iterations'),
-        temperature=temperature,
-        queue=queue,
-        iterations=iterations,
-        negatives=negatives,
-        warmup=warmup,
-    )
+    counts = {'queue': queue, 'iterations': iterations}
+    counts |= {f'clusters[{i}]': k for i, k in enumerate(clusters)}
+    shares = {'warmup': warmup, 'momentum': momentum}
+    check_range('config.method', {'temperature': temperature, 'alpha': alpha}, above=0, who='pcl')
+    check_range('config.method', counts, least=1, whole=True, who='pcl')
+    check_range('config.method', {'negatives': negatives}, least=0, whole=True, who='pcl')
+    check_range('config.method', shares, least=0, most=1, who='pcl')
     network = Chain(model, projector=MLP(hidden, projection, layers, batch_norm=batch_norm))
     target = Target(network, ('encoder', 'projector'), momentum, norm='running')
 

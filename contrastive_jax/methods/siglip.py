@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import losses, models
+from contrastive_jax.config import check_range
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import check_numbers
 from contrastive_jax.networks.pair import Pair
 
 
@@ -34,7 +34,7 @@ def make(
         logit_bias: b at the start, so that the many pairs that do not match start out as no's.
         locked: keep the image encoder as it is; give it weights by config.init_from.
     """
-    check_numbers('siglip', ('logit_scale',), logit_scale=logit_scale)
+    check_range('config.method', {'logit_scale': logit_scale}, above=0, who='siglip')
     pair = Pair(model, text, projection, locked)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import models
+from contrastive_jax.config import check_range
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import nt_xent
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Chain, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_views
 
 
 def make(
@@ -33,7 +34,7 @@ def make(
         layers: of g: 2 in the paper, 3 in the authors' later code and SimCLR v2.
         last_batch_norm: BatchNorm also after g's last layer, as in the authors' code.
     """
-    check_numbers('simclr', ('temperature',), temperature=temperature)
+    check_range('config.method', {'temperature': temperature}, above=0, who='simclr')
     head = MLP(hidden, projection, layers=layers, last_batch_norm=last_batch_norm)
     network = Chain(model, projector=head)
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import losses, models
+from contrastive_jax.config import check_range
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Chain, check_numbers
+from contrastive_jax.networks.chain import Chain
 
 
 def make(
@@ -31,7 +32,7 @@ def make(
         hidden: width of the projector's hidden layer.
         batch_norm: in the projector; the authors use none.
     """
-    check_numbers('sup_con', ('temperature',), temperature=temperature)
+    check_range('config.method', {'temperature': temperature}, above=0, who='sup_con')
     network = Chain(model, projector=MLP(hidden, projection, batch_norm=batch_norm))
 
     def loss(

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_jax import models
-from contrastive_jax.config import UserError
+from contrastive_jax.config import check_range
 from contrastive_jax.layers.heads import Classifier
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Chain, check_numbers, seen
+from contrastive_jax.networks.chain import Chain, seen
 
 
 def make(
@@ -39,11 +39,11 @@ def make(
         label_smoothing: share of the target that all classes have alike, in [0, 1) (Szegedy et al.
             2016, arXiv:1512.00567).
     """
-    check_numbers('supervised', ('classes',), classes=classes, mixup=mixup)
-    if not 0 <= label_smoothing < 1:
-        raise UserError(
-            f'config.method.label_smoothing: got {label_smoothing}, expected a share in [0, 1).'
-        )
+    check_range('config.method', {'classes': classes}, least=1, whole=True, who='supervised')
+    check_range('config.method', {'mixup': mixup}, least=0, who='supervised')
+    check_range(
+        'config.method', {'label_smoothing': label_smoothing}, least=0, below=1, who='supervised'
+    )
     network = Chain(model, head=Classifier(classes))
 
     def loss(

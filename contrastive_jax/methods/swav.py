@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from contrastive_jax import losses, models
+from contrastive_jax.config import check_range
 from contrastive_jax.layers.heads import MLP, Prototypes
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Chain, check_numbers, hold, join_crops
+from contrastive_jax.networks.chain import Chain, hold, join_crops
 
 GLOBAL = 2  # views whose assignments are predicted
 
@@ -49,16 +50,13 @@ def make(
         projection: dimensions of the embeddings.
         hidden: width of the projector's hidden layer.
     """
-    check_numbers(
-        'swav',
-        ('temperature', 'epsilon', 'iterations'),
-        temperature=temperature,
-        epsilon=epsilon,
-        iterations=iterations,
-        frozen=frozen,
-        queue=queue,
-        queue_from=queue_from,
+    shares = {'frozen': frozen, 'queue_from': queue_from}
+    check_range(
+        'config.method', {'temperature': temperature, 'epsilon': epsilon}, above=0, who='swav'
     )
+    check_range('config.method', shares, least=0, most=1, who='swav')
+    check_range('config.method', {'iterations': iterations}, least=1, whole=True, who='swav')
+    check_range('config.method', {'queue': queue}, least=0, whole=True, who='swav')
     head = Prototypes(prototypes)
     network = Chain(model, projector=MLP(hidden, projection), prototypes=head)
 

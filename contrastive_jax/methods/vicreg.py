@@ -7,9 +7,10 @@ Views agree (invariance) while every dimension keeps its variance and no two are
 import jax
 
 from contrastive_jax import losses, models
+from contrastive_jax.config import check_range
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Chain, check_numbers, check_views
+from contrastive_jax.networks.chain import Chain, check_views
 
 
 def make(
@@ -30,7 +31,7 @@ def make(
         hidden: width of the expander's two hidden layers.
     """
     weights = {'invariance': invariance, 'variance': variance, 'covariance': covariance}
-    check_numbers('vicreg', (), **weights)
+    check_range('config.method', weights, least=0, who='vicreg')
     network = Chain(model, projector=MLP(hidden, projection, layers=3))
 
     def loss(

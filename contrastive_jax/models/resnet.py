@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from contrastive_jax.config import UserError, choose
+from contrastive_jax.config import UserError, check_range, choose
 from contrastive_jax.similarity.tiles import device_count
 
 SIZES = {  # He et al. 2016, table 1
@@ -311,9 +311,9 @@ def make(
     for key in ('widths', 'blocks'):
         if key not in shape:
             raise UserError(f'{where}: size={size!r} needs the key {key!r}, which is not set.')
-        if not shape[key] or min(shape[key]) < 1:
-            raise UserError(f'{where}.{key}: got {shape[key]}; expected numbers of at least 1.')
-    if len(shape['widths']) != len(shape['blocks']):
+        numbers = {f'{key}[{i}]': number for i, number in enumerate(shape[key])}
+        check_range(where, numbers, least=1, whole=True)
+    if not shape['widths'] or len(shape['widths']) != len(shape['blocks']):
         raise UserError(
             f'{where}: got widths={shape["widths"]}, blocks={shape["blocks"]}; '
             'expected one of each for every stage.'

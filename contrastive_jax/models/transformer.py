@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from contrastive_jax.config import UserError, choose
+from contrastive_jax.config import UserError, check_range, choose
 from contrastive_jax.layers.blocks import ACTIVATIONS, Block
 from contrastive_jax.models.vit import DTYPES
 
@@ -137,19 +137,17 @@ def make(
     depth; here: as in our ViT, Xavier-uniform.
     """
     where = 'config.text'
-    numbers = {'vocabulary': vocabulary, 'length': length, 'width': width, 'depth': depth}
-    numbers |= {'heads': heads, 'mlp_ratio': mlp_ratio, 'epsilon': epsilon}
-    for key, value in numbers.items():
-        if value <= 0:
-            raise UserError(f'{where}.{key}: got {value}; expected more than 0.')
+    sizes = {'vocabulary': vocabulary, 'length': length}
+    sizes |= {'width': width, 'depth': depth, 'heads': heads}
+    check_range(where, sizes, least=1, whole=True)
+    check_range(where, {'mlp_ratio': mlp_ratio, 'epsilon': epsilon}, above=0)
+    check_range(where, {'drop_tokens': drop_tokens}, least=0, below=1)
+    if padding is not None:
+        check_range(where, {'padding': padding}, least=0, below=vocabulary, whole=True)
     if width % heads:
         raise UserError(f'{where}: got width={width}, heads={heads}; heads must divide width.')
     choose('pool', pool, dict.fromkeys(POOLS), where)
     choose('activation', activation, ACTIVATIONS, where)
-    if padding is not None and not 0 <= padding < vocabulary:
-        raise UserError(f'{where}.padding: got {padding}; expected an id below {vocabulary}.')
-    if not 0 <= drop_tokens < 1:
-        raise UserError(f'{where}.drop_tokens: got {drop_tokens}; expected at least 0 and below 1.')
     if causal and pool == 'first':
         raise UserError(
             f"{where}: got pool='first' and causal=True: the first token sees no other."

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from contrastive_jax.config import UserError, choose
+from contrastive_jax.config import UserError, check_range, choose
 from contrastive_jax.layers.blocks import ACTIVATIONS, MAP, Block, sincos2d, xavier
 
 SIZES = {  # Touvron et al. 2021 (Ti, S), Dosovitskiy et al. 2021 table 1 (B, L)
@@ -282,19 +282,16 @@ def make(
     for key in given:
         if key not in shape:
             raise UserError(f'{where}: size={size!r} needs the key {key!r}, which is not set.')
-    numbers = shape | {'patch': patch, 'mlp_ratio': mlp_ratio, 'epsilon': epsilon}
-    numbers |= {} if layer_scale is None else {'layer_scale': layer_scale}
-    for key, value in numbers.items():
-        if value <= 0:
-            raise UserError(f'{where}.{key}: got {value}; expected more than 0.')
-    if not 0 <= drop_path < 1:
-        raise UserError(f'{where}.drop_path: got {drop_path}; expected at least 0 and below 1.')
+    factors = {'mlp_ratio': mlp_ratio, 'epsilon': epsilon}
+    factors |= {} if layer_scale is None else {'layer_scale': layer_scale}
+    check_range(where, factors, above=0)
+    check_range(where, shape | {'patch': patch}, least=1, whole=True)
+    check_range(where, {'registers': registers}, least=0, whole=True)
+    check_range(where, {'drop_path': drop_path}, least=0, below=1)
     width, heads = shape['width'], shape['heads']
     choose('position', position, dict.fromkeys(POSITIONS), where)
     needs_cls = choose('pool', pool, POOLS, where)
     choose('activation', activation, ACTIVATIONS, where)
-    if registers < 0:
-        raise UserError(f'{where}.registers: got {registers}; expected at least 0.')
     if cls_token is False and needs_cls:
         raise UserError(f'{where}.cls_token: got False; pool={pool!r} needs the token.')
     if width % heads:

@@ -3,7 +3,6 @@
 Dimension key: B batch, V views, H W image, D outputs.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -113,14 +112,6 @@ def check_views(method: str, views_BVHWC: jax.Array, count: int) -> None:
         raise UserError(
             f'config.inputs.views: got {views_BVHWC.shape[1]}; {method} needs {count} an image.'
         )
-
-
-def check_numbers(method: str, positive: Sequence[str] = (), **numbers: float) -> None:
-    """Raises UserError for a number that is negative, or not above 0 if `positive` names it."""
-    for name, value in numbers.items():
-        if not (value > 0 or (value == 0 and name not in positive)):
-            expected = 'a number > 0' if name in positive else 'a number of at least 0'
-            raise UserError(f'config.method.{name}: got {value}; {method} expects {expected}.')
 
 
 def join_crops(
