@@ -21,7 +21,7 @@ def examples():
 
 @pytest.mark.parametrize('name', examples())
 def test_examples_do_what_they_show(name):
-    failed, tried = doctest.testmod(importlib.import_module(name))
+    failed, tried = doctest.testmod(importlib.import_module(name), verbose=False)
     assert tried > 0
     assert failed == 0
 
