@@ -87,13 +87,13 @@ def exactness(pairs: int, microbatch: int, image_size: int) -> None:
             ),
         }
         print(
-            f'{pairs:,} pairs, {image_size} pixels, ‖gradient‖ {optax.global_norm(expected):.4g}\n'
+            f'{pairs:,} pairs, {image_size} pixels, ‖gradient‖ {optax.tree.norm(expected):.4g}\n'
         )
         print('| gradient | ‖difference‖ / ‖gradient‖ |')
         print('|---|---|')
         for name, got in found.items():
             difference = jax.tree.map(jnp.subtract, got, expected)
-            ratio = optax.global_norm(difference) / optax.global_norm(expected)
+            ratio = optax.tree.norm(difference) / optax.tree.norm(expected)
             print(f'| {name} | {ratio:.1e} |', flush=True)
 
 

@@ -98,7 +98,7 @@ def make_step(
         updates, opt = tx.update(grads, state.opt, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         extra = method.after(params, aux.extra, aux.measured, progress)
-        metrics = {**aux.metrics, 'grad_norm': optax.global_norm(grads)}
+        metrics = {**aux.metrics, 'grad_norm': optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt, extra), metrics
 
     return step

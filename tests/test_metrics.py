@@ -186,7 +186,8 @@ def test_views_of_any_shape(shape, names, tmp_path):
     path = tmp_path / 'views.png'
     captions = [f'name {i}' * 20 for i in range(shape[0])] if names else None
     figures.write(figures.views_grid(views, captions), path)
-    width, height = Image.open(path).size
+    with Image.open(path) as image:
+        width, height = image.size
     assert 100 < width < 1600
     assert 80 < height < 1600
 
@@ -222,9 +223,9 @@ def run() -> list[dict[str, Any]]:
 def test_curves_of_whole_and_partial_runs(records, tmp_path):
     path = tmp_path / 'curves.png'
     figures.write(figures.training_curves(records, MEASURES), path)
-    image = Image.open(path)
-    image.load()
-    assert image.size[0] > 600
+    with Image.open(path) as image:
+        image.load()
+        assert image.size[0] > 600
     assert [p.name for p in tmp_path.iterdir()] == ['curves.png']
 
 

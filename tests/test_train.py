@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import environment
+from etils import epath
 
 from contrastive_jax import inference
 from contrastive_jax.config import UserError
@@ -65,8 +66,14 @@ def parameters(workdir):
     import orbax.checkpoint as ocp
 
     steps = [p for p in (pathlib.Path(workdir) / 'checkpoints').iterdir() if p.name.isdigit()]
-    newest = max(steps, key=lambda p: int(p.name))
-    tree = ocp.PyTreeCheckpointer().restore(newest / 'state')
+    newest = epath.Path(max(steps, key=lambda p: int(p.name))) / 'state'
+    handler = ocp.PyTreeCheckpointHandler()
+    # As NumPy arrays, whatever devices wrote them.
+    how = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(newest).tree
+    )
+    tree = handler.restore(newest, args=ocp.args.PyTreeRestore(restore_args=how))
+    handler.close()
     return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
 
 

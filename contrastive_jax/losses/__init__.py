@@ -3,7 +3,6 @@
 from contrastive_jax.losses.contrastive import (
     clip,
     info_nce,
-    n_pair,
     nt_xent,
     proto_nce,
     siglip,
@@ -17,7 +16,7 @@ from contrastive_jax.losses.distillation import (
     swapped,
     teacher,
 )
-from contrastive_jax.losses.metric import max_margin, triplet
+from contrastive_jax.losses.metric import max_margin, n_pair, triplet
 from contrastive_jax.losses.redundancy import barlow_twins, koleo, output_std, vicreg
 from contrastive_jax.losses.scores import unit
 

@@ -28,6 +28,9 @@ def cosine_distance(prediction_BD: jax.Array, target_BD: jax.Array) -> jax.Array
 
     Raises:
         ValueError: shapes that differ.
+
+    >>> f'{cosine_distance(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 3.0]])):.4f}'
+    '2.0000'
     """
     check_pairs('cosine_distance', prediction_BD, target_BD)
     # Not 2 − 2·cos, which keeps no digits where the two are close.
@@ -60,6 +63,10 @@ def sinkhorn(
 
     Raises:
         ValueError: shapes that do not fit together; a temperature or iterations not above 0.
+
+    >>> scores = jnp.array([[3.0, 0.0], [3.0, 0.0]])  # both rows like the first column
+    >>> sinkhorn(scores, temperature=1.0).round(4).tolist()
+    [[0.5, 0.5], [0.5, 0.5]]
     """
     if weights_B is None:
         weights_B = jnp.ones(scores_BK.shape[:1])
@@ -106,6 +113,10 @@ def swapped(
 
     Raises:
         ValueError: shapes that do not fit together; a temperature that is not above 0.
+
+    >>> views = jnp.eye(2)[None]  # of one image, two views that disagree
+    >>> f'{swapped(views, views, temperature=1.0):.4f}'
+    '1.3133'
     """
     same = targets_BGK.ndim == logits_BVK.ndim == 3
     same = same and targets_BGK.shape[::2] == logits_BVK.shape[::2]
@@ -143,6 +154,9 @@ def centre(teacher_logits: jax.Array, centre_K: jax.Array, momentum: float) -> j
 
     Raises:
         ValueError: shapes that do not fit together; a momentum out of range.
+
+    >>> centre(jnp.array([[1.0, 3.0], [3.0, 5.0]]), jnp.zeros(2), momentum=0.5).round(4).tolist()
+    [1.0, 2.0]
     """
     _check_centre('centre', teacher_logits, centre_K)
     if isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
@@ -166,6 +180,9 @@ def teacher(logits: jax.Array, centre_K: jax.Array, temperature: float | jax.Arr
 
     Raises:
         ValueError: shapes that do not fit together; a temperature that is not above 0.
+
+    >>> teacher(jnp.array([[1.0, 2.0]]), jnp.array([1.0, 2.0]), temperature=0.04).round(4).tolist()
+    [[0.5, 0.5]]
     """
     _check_centre('teacher', logits, centre_K)
     check_positive('teacher', 'temperature', temperature)
@@ -200,6 +217,10 @@ def masked(
 
     Raises:
         ValueError: shapes that do not fit together; a temperature that is not above 0.
+
+    >>> weights = jnp.array([1.0, 0.0])
+    >>> f'{masked(jnp.eye(2), jnp.zeros((2, 2)), weights, temperature=1.0):.4f}'
+    '0.6931'
     """
     check_pairs('masked', targets_RK, logits_RK)
     if weights_R.shape != targets_RK.shape[:1]:

@@ -1,4 +1,4 @@
-"""Losses on distances between embeddings with labels: max-margin and triplet.
+"""Losses of metric learning: max-margin, triplet and N-pair.
 
 B: embeddings, D: embedding dimensions, K: dimensions after a linear map, P: positives.
 """
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import similarity
-from contrastive_jax.losses.scores import check_labels, check_positive, inner, unit
+from contrastive_jax.losses.scores import check_labels, check_pairs, check_positive, inner, unit
 from contrastive_jax.similarity import TILE
 from contrastive_jax.similarity.tiles import strips
 
@@ -44,6 +44,10 @@ def max_margin(
     Raises:
         ValueError: shapes that do not fit together, labels that are no integers, a margin that is
             not above 0, an unknown distance, a map without 'mahalanobis' or the reverse.
+
+    >>> points, labels = jnp.array([[0.0], [0.5], [1.0]]), jnp.array([0, 0, 1])
+    >>> f'{max_margin(points, labels):.4f}'
+    '0.0833'
     """
     _check('max_margin', embeddings_BD, labels_B, margin)
     B = embeddings_BD.shape[0]
@@ -93,6 +97,10 @@ def triplet(
 
     All distances of some rows are held at a time (`tiles.strips`), sorted, so 'all' costs
     B² log B rather than B³.
+
+    >>> points, labels = jnp.array([[0.0], [0.5], [1.0]]), jnp.array([0, 0, 1])
+    >>> f'{triplet(points, labels, margin=1.0):.4f}'
+    '0.7500'
     """
     _check('triplet', embeddings_BD, labels_B, margin)
     losses = {'all': _all, 'semi_hard': _semi_hard, 'batch_hard': _batch_hard}
@@ -110,6 +118,56 @@ def triplet(
 
     loss_B, count_B = strips(of_rows, points, points)
     return jnp.sum(loss_B) / jnp.maximum(jnp.sum(count_B), 1)
+
+
+def n_pair(
+    anchor_BD: jax.Array,
+    positive_BD: jax.Array,
+    labels_B: jax.Array | None = None,
+    *,
+    l2: float = 0.0,
+    tile: int = TILE,
+    exchange: str = 'auto',
+) -> jax.Array:
+    """Multi-class N-pair loss (Sohn 2016, eq. 7, with the penalty of section 3.2.2).
+
+    `1/B Σ_i log(1 + Σ_{j ≠ i} exp(a_i·p_j − a_i·p_i))` on inner products, not cosines, plus
+    `l2 · 1/B Σ_i (‖a_i‖² + ‖p_i‖²)`, which keeps the lengths from growing.
+
+    Args:
+        anchor_BD, positive_BD: embeddings, row-aligned.
+        labels_B: integers; pairs of one label are no negatives of each other. None: each pair is
+            of another class, as the paper draws its batches.
+        l2: weight of the squared lengths, at least 0.
+        tile, exchange: see `similarity.logsumexp`.
+
+    Returns:
+        float32 scalar, at least 0.
+
+    Raises:
+        ValueError: shapes that differ; labels that are no integers.
+
+    >>> f'{n_pair(2 * jnp.eye(2), 2 * jnp.eye(2)):.4f}'
+    '0.0181'
+    """
+    check_pairs('n_pair', anchor_BD, positive_BD)
+    pair_B = jnp.arange(anchor_BD.shape[0], dtype=jnp.int32)
+    if labels_B is not None:
+        check_labels('n_pair', anchor_BD, labels_B)
+        pair_B = jnp.asarray(labels_B)
+    anchors, positives = ({'pair': pair_B, 'z': x_BD} for x_BD in (anchor_BD, positive_BD))
+    dtype = jnp.promote_types(anchor_BD.dtype, positive_BD.dtype)
+
+    def negatives(anchor: dict, positive: dict) -> jax.Array:
+        paired_mn = anchor['pair'][:, None] == positive['pair'][None, :]
+        return jnp.where(paired_mn, -jnp.inf, inner(anchor['z'], positive['z'], dtype))
+
+    negatives_B = similarity.logsumexp(negatives, anchors, positives, tile=tile, exchange=exchange)
+    a_BD, p_BD = anchor_BD.astype(jnp.float32), positive_BD.astype(jnp.float32)
+    loss = jnp.mean(jax.nn.softplus(negatives_B - jnp.sum(a_BD * p_BD, axis=-1)))
+    if l2:
+        loss += l2 * jnp.mean(jnp.sum(a_BD**2 + p_BD**2, axis=-1))
+    return loss
 
 
 def _all(d_mB: jax.Array, positive_mB: jax.Array, negative_mB: jax.Array, margin: float):

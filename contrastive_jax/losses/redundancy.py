@@ -37,6 +37,10 @@ def barlow_twins(
 
     Raises:
         ValueError: shapes that differ, B below 2, an eps that is not above 0.
+
+    >>> view = jnp.array([[1.0, 1.0], [-1.0, -1.0]])  # both dimensions say the same
+    >>> f'{barlow_twins(view, view):.4f}'
+    '0.0102'
     """
     check_pairs('barlow_twins', view_a_BD, view_b_BD)
     _check_rows('barlow_twins', view_a_BD, 2)
@@ -79,6 +83,11 @@ def vicreg(
 
     Raises:
         ValueError: shapes that differ, B below 2, an eps that is not above 0.
+
+    >>> view = jnp.array([[1.0, 1.0], [-1.0, -1.0]])  # both dimensions say the same
+    >>> loss, parts = vicreg(view, view)
+    >>> f'{loss:.2f}', {name: f'{value:.2f}' for name, value in parts.items()}
+    ('8.00', {'invariance': '0.00', 'variance': '0.00', 'covariance': '8.00'})
     """
     check_pairs('vicreg', view_a_BD, view_b_BD)
     _check_rows('vicreg', view_a_BD, 2)
@@ -117,6 +126,9 @@ def koleo(
 
     Raises:
         ValueError: what is not [B, D], B below 2, an eps that is not above 0.
+
+    >>> f'{koleo(jnp.eye(2)):.4f}'
+    '-0.3466'
     """
     _check_rows('koleo', x_BD, 2)
     check_positive('koleo', 'eps', eps)
@@ -154,6 +166,9 @@ def output_std(x_BD: jax.Array) -> jax.Array:
 
     Raises:
         ValueError: what is not [B, D].
+
+    >>> f'{output_std(jnp.eye(2)):.4f}', f'{output_std(jnp.ones((2, 2))):.4f}'
+    ('0.7071', '0.0000')
     """
     _check_rows('output_std', x_BD, 1)
     unit_BD = lax.stop_gradient(unit(x_BD))

@@ -11,7 +11,11 @@ from jax import lax
 
 
 def unit(x_BD: jax.Array) -> jax.Array:
-    """Rows of Euclidean length 1, float32. A row shorter than 1e-15 becomes 0, with gradient 0."""
+    """Rows of Euclidean length 1, float32. A row shorter than 1e-15 becomes 0, with gradient 0.
+
+    >>> [f'{x:.4f}' for x in unit(jnp.array([[3.0, 4.0]]))[0]]
+    ['0.6000', '0.8000']
+    """
     x_BD = x_BD.astype(jnp.float32)
     return x_BD * _inverse_length(x_BD)[:, None]
 
