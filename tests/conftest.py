@@ -18,7 +18,7 @@ if XLA == 'quick':
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *FLAGS])
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
