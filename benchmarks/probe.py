@@ -109,7 +109,7 @@ def by_optax(x, label, fit, held, strength, W, tolerance, max_iterations):
         return z - jnp.where(true_NC, z, 0.0).sum(1, keepdims=True)
 
     def diagonal(W):
-        """Of the Hessian, as in ours."""
+        """The Hessian's approximate diagonal, as in ours."""
         r = jnp.abs(logistic._residual(logits(W), true_NC))
         return square_D1 * (share_N1 * r * (1 - r)).sum(0)[None, :] + penalty
 
@@ -287,7 +287,7 @@ def evaluate(kind: str, args: argparse.Namespace) -> None:
     logger.propagate = False
     logger.addHandler(handler)
     found = dict(linear.make(strengths=args.strengths, per_class=())(given))
-    print(json.dumps({'strength': ' '.join(said), 'top1': float(found['top1'].value)}))
+    print(json.dumps({'strength': ' '.join(said), 'top1': float(found['top1'])}))
 
 
 def on_devices(kind: str, count: int) -> dict[str, Any]:

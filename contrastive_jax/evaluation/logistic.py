@@ -20,7 +20,7 @@ LEAST = 1e-12  # weight of a class: of one without rows it falls until nothing i
 
 
 class Solution(NamedTuple):
-    """Of S · P problems: weights, and how well they predict the rows held out.
+    """Weights of S · P problems, and how well they predict the rows held out.
 
     Attributes:
         W_SPDC: weights.
@@ -180,14 +180,14 @@ def _per_row(t_SP11: jax.Array) -> jax.Array:
 
 
 def _parts(z: jax.Array, true: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of logits, the true class's being 0: their maximum; exp of the others', and of the true
-    class's, both divided by exp of the maximum."""
+    """The maximum of logits, the true class's being 0; exp of the others' and of the true class's,
+    both divided by exp of the maximum."""
     top = z.max(-1, keepdims=True, initial=0.0)
     return top, jnp.where(true, 0.0, jnp.exp(z - top)), jnp.exp(-top)
 
 
 def _cross_entropy(z: jax.Array, true: jax.Array) -> jax.Array:
-    """Of logits [..., C], the true class's being 0: [...]."""
+    """Cross-entropy [...] of logits [..., C], the true class's being 0."""
     top, others, own = _parts(z, true)
     others = others.sum(-1)
     top, own = top[..., 0], own[..., 0]
