@@ -23,7 +23,6 @@ from contrastive_jax.evaluation.subject import Subject, gather, put
 
 STRENGTHS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2)
 FOLDS = 5
-CHOOSING = 1e-4  # tolerance while strengths, which lie far apart, are compared
 SUMMED = 1024  # rows that are float64 at a time
 TOGETHER = 2**26  # logits of few-labels problems that are solved at a time
 
@@ -35,8 +34,8 @@ def make(
     fractions: Sequence[float] = (),
     draws: int = 5,
     validation_fraction: float = 0.1,
-    tolerance: float = 1e-7,
-    max_iterations: int = 1000,
+    tolerance: float = 1e-9,
+    max_iterations: int = 5000,
     seed: int = 0,
     label: str = 'label',
 ) -> Evaluate:
@@ -68,10 +67,10 @@ def make(
         fractions: shares of the labels to evaluate, too, in (0, 1], the same share of every class.
         draws: random subsets each of those is averaged over.
         validation_fraction: in (0, 1).
-        tolerance: a problem is solved when a step promises to lower its objective by less than
-            this share. At 1e-6 the order of sums, and so the number of devices, tells on which side
-            of a boundary one of hundreds of images lies.
-        max_iterations: of one problem, at least 1.
+        tolerance: a problem is solved by the step that promises to lower its objective by less than
+            this share (`logistic.solve`). Far above 1e-9 the order of sums, and so the number of
+            devices, may tell on which side of a boundary one of hundreds of images lies.
+        max_iterations: products with the features of one problem, at least 1.
         seed: of subsets and validation rows.
         label: the one of the data's labels that is predicted.
 
@@ -100,7 +99,7 @@ def make(
     few_labels.check(where, per_class, draws, fractions)
     # Strongly regularised problems are solved in a few steps, and each is the next one's start.
     path = sorted(strengths, reverse=True)
-    limits = Limits(tolerance, max(tolerance, CHOOSING), np.int32(max_iterations))
+    limits = Limits(tolerance, np.int32(max_iterations))
     few = few_labels.named(per_class, fractions)
     say = evaluation.missed('the linear classifier')
 
@@ -130,10 +129,10 @@ def make(
                 held_n = few_labels.held_out(some.label_N, validation_fraction, seed)
                 with jax.set_mesh(subject.mesh):
                     weights.append(_fit_all(*some, held_n, path, classes, limits))
-        # One call for all: one compilation.
-        W_SDC = np.stack([scale.fold(W_DC) for W_DC in weights])
         with jax.set_mesh(subject.mesh):
-            hits_S = parallel.to_host(_hits(test.x_ND, test.label_N, W_SDC))
+            x_ND = _standardise(test.x_ND, test.label_N, *scale)
+            # One call for all: one compilation.
+            hits_S = parallel.to_host(_hits(x_ND, test.label_N, np.stack(weights)))
         top1 = hits_S / (test.label_N >= 0).sum()
         title = evaluation.titled('linear', label)
         title = f'{title}, {output}' if prefix else title
@@ -172,7 +171,6 @@ class Limits(NamedTuple):
     """When a problem counts as solved, see logistic.solve."""
 
     tolerance: float
-    choosing: float
     max_iterations: np.int32
 
 
@@ -185,11 +183,6 @@ class Scale(NamedTuple):
     def __call__(self, x: np.ndarray) -> np.ndarray:
         x = (x.astype(np.float64) - self.mean) * self.inverse
         return np.concatenate([x, np.ones((*x.shape[:-1], 1))], -1)
-
-    def fold(self, W_DC: np.ndarray) -> np.ndarray:
-        """The weights that do to raw features what W_DC does to standardised ones."""
-        W = W_DC[:-1] * self.inverse.astype(np.float64)[:, None]
-        return np.concatenate([W, W_DC[-1:] - self.mean @ W]).astype(np.float32)
 
 
 def _fit_all(
@@ -204,7 +197,7 @@ def _fit_all(
     labelled_N = label_N >= 0
     x_1ND = x_ND[None]
 
-    def solve(fit_N: np.ndarray, held_N: np.ndarray, strength: float, W: np.ndarray, share: float):
+    def solve(fit_N: np.ndarray, held_N: np.ndarray, strength: float, W: np.ndarray):
         solution = logistic.solve(
             x_1ND,
             label_N[None],
@@ -212,25 +205,24 @@ def _fit_all(
             held_N[None, None],
             np.full((1, 1), strength, np.float32),
             W,  # from the host: wherever it lay, this is the same compiled program
-            np.full((1, 1), share, np.float32),
+            np.full((1, 1), limits.tolerance, np.float32),
             limits.max_iterations,
         )
         return logistic.to_host(solution)
 
     W = np.zeros((1, 1, x_ND.shape[1], classes), np.float32)
-    best = len(path) // 2
+    best, solutions = len(path) // 2, []
     if held_N.any():
-        solutions = []
         for strength in path:
             start = solutions[-1].W_SPDC if solutions else W
-            solutions.append(solve(labelled_N & ~held_N, held_N, strength, start, limits.choosing))
+            solutions.append(solve(labelled_N & ~held_N, held_N, strength, start))
             losses = [float(s.loss_SP[0, 0]) for s in solutions[-3:]]
             if len(losses) == 3 and losses[0] < losses[1] < losses[2]:
                 break  # overfitting more and more; the weakest strengths take longest to solve
         best = int(_choose(solutions)[0])
         W = solutions[best].W_SPDC
-    solution = solve(labelled_N, np.zeros_like(held_N), path[best], W, limits.tolerance)
-    _report(solution, path[best], limits)
+    solution = solve(labelled_N, np.zeros_like(held_N), path[best], W)
+    _report([*solutions, solution], path[best], limits)
     return solution.W_SPDC[0, 0]
 
 
@@ -267,7 +259,7 @@ def _fit_few(
     for some in (slice(i, i + size) for i in range(0, S, size)):
         x, label, held = x_SnD[some], label_Sn[some], held_SPn[some]
         W = np.zeros((size, held.shape[1], x.shape[-1], classes), np.float32)
-        share = np.full(held.shape[:2], limits.choosing, np.float32)
+        share = np.full(held.shape[:2], limits.tolerance, np.float32)
         solutions = []
         with jax.set_mesh(mesh):
             for strength in path:
@@ -279,14 +271,14 @@ def _fit_few(
                 solutions.append(logistic.to_host(solution))
             best = _choose(solutions) if count > 1 else np.full(size, len(path) // 2)
             # Once more for the fit to all rows alone, at the strength chosen for each set.
-            share[:, :-1], share[:, -1] = np.inf, limits.tolerance
+            share[:, :-1] = np.inf
             strength_SP = np.broadcast_to(np.asarray(path, np.float32)[best][:, None], share.shape)
             start = np.stack([solutions[b].W_SPDC[i] for i, b in enumerate(best)])
             solution = logistic.solve(
                 x, label, ~held, held, strength_SP, start, share, limits.max_iterations
             )
         solution = logistic.to_host(solution)
-        _report(solution, strength_SP[:, -1], limits)
+        _report([*solutions, solution], strength_SP[:, -1], limits)
         weights += list(solution.W_SPDC[:, -1, padding:])
     if basis is not None:
         weights = [
@@ -301,9 +293,9 @@ def _choose(solutions: Sequence[logistic.Solution]) -> np.ndarray:
     return np.stack([s.loss_SP.sum(1) for s in solutions]).argmin(0)
 
 
-def _report(solution: logistic.Solution, strength: object, limits: Limits) -> None:
+def _report(solutions: Sequence[logistic.Solution], strength: object, limits: Limits) -> None:
     logging.debug('linear classifier: strength %s', strength)
-    if solution.iterations >= limits.max_iterations:
+    if max(solution.iterations for solution in solutions) >= limits.max_iterations:
         logging.warning(
             'the linear classifier stopped after max_iterations=%d before it was solved to '
             'tolerance=%g: its accuracy may be a little low',
@@ -342,10 +334,10 @@ def _standardise(
 
 @jax.jit
 def _hits(x_ND: jax.Array, label_N: jax.Array, W_SDC: jax.Array) -> jax.Array:
-    """int [S]: the labelled rows that each classifier, folded by Scale, gets right."""
+    """int [S]: the labelled rows that each classifier gets right."""
 
     def hits(W_DC: jax.Array) -> jax.Array:
-        logits_NC = jnp.matmul(x_ND, W_DC[:-1], precision=lax.Precision.HIGHEST) + W_DC[-1:]
+        logits_NC = jnp.matmul(x_ND, W_DC, precision=lax.Precision.HIGHEST)
         return jnp.sum((logits_NC.argmax(1) == label_N) & (label_N >= 0))
 
     return lax.map(hits, W_SDC)

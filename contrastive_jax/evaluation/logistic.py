@@ -13,17 +13,21 @@ from jax import lax
 
 from contrastive_jax import parallel
 
-MEMORY = 10  # steps that L-BFGS remembers
+FORCING = 0.05  # conjugate gradients go on while they gain more than this share of the mean gain
+LEVEL = 0.5  # a step is long enough when the slope at its end is at most this share of the first
+HALVINGS = 30  # tries to find such a length
+LEAST = 1e-12  # weight of a class: of one without rows it falls until nothing is left
 
 
 class Solution(NamedTuple):
-    """Of S · P problems: weights, and how well they predict the rows held out.
+    """Weights of S · P problems, and how well they predict the rows held out.
 
     Attributes:
         W_SPDC: weights.
         loss_SP: summed cross-entropy of the held-out rows, nats.
         objective_SP: summed cross-entropy of the fitted rows + strength / 2 · ‖W‖².
-        iterations: int32, of the problem that needed most.
+        iterations: int32, gradients and products with the Hessian of the problem that needed most;
+            each costs two products with the features.
     """
 
     W_SPDC: Any
@@ -48,7 +52,7 @@ def solve(
     tolerance_SP: jax.Array,
     max_iterations: jax.Array,
 ) -> Solution:
-    """Solves P problems on each of S sets of rows by L-BFGS, side by side.
+    """Solves P problems on each of S sets of rows by truncated Newton steps, side by side.
 
     A problem: minimise Σ_i −log softmax(W·x_i)[label_i] + strength/2 · ‖W without bias‖² over the
     rows i that `fit` marks. scikit-learn's LogisticRegression with C = 1 / strength has the same
@@ -61,14 +65,20 @@ def solve(
         held_SPN: bool, which rows its cross-entropy is measured on.
         strength_SP: above 0.
         W_SPDC: where to start.
-        tolerance_SP: a problem is solved when its next step promises to lower the objective by
-            less than this share.
+        tolerance_SP: a problem is solved by the step that promises to lower its objective by less
+            than this share. That step is still made; what remains is a small part of it.
         max_iterations: of the problem that needs most.
 
-    Nocedal and Wright 2006, Numerical Optimization, algorithms 7.4 and 7.5, with backtracking: the
-    curvature condition sᵀy > 0 holds anyhow, because the objective is strictly convex along steps.
-    The logits of a step's direction are computed once; the line search then needs elementwise work
-    only, so that an iteration costs two products with x.
+    A step is Newton's, truncated: conjugate gradients solve H·d = −gradient as long as they gain
+    enough (Nash and Sofer 1990, Assessing a search direction within a truncated-Newton method), and
+    the objective is minimised along d. What a step promises is the gain in the quadratic model, and
+    this tells how far away the minimum is. (What L-BFGS's next step promises does not: while its
+    memory is empty, as after a warm start, that is next to nothing wherever the minimum is.)
+
+    float32 is enough for 1e-9 of the objective, because values of the objective, which rounding
+    makes equal long before the gradient is 0, are not compared: the objective is convex, so that
+    slopes tell where it is lowest along a line. Logits are relative to the true class's, so that
+    1 − p is not the difference of two numbers that are nearly equal.
     """
     D, C = W_SPDC.shape[2:]
     rows_SP11 = fit_SPN.sum(-1)[..., None, None]
@@ -76,69 +86,90 @@ def solve(
     penalty = (
         strength_SP[..., None, None] / rows_SP11 * (jnp.arange(D) < D - 1)[None, None, :, None]
     )
+    square_S1D1 = jnp.mean(x_SND**2, 1)[:, None, :, None]
     true_SN1C = (label_SN[..., None] == jnp.arange(C)[None, None, :])[:, :, None, :]
     product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
     def logits(W: jax.Array) -> jax.Array:
-        return product('snd,spdc->snpc', x_SND, W)
+        z = product('snd,spdc->snpc', x_SND, W)
+        return z - jnp.where(true_SN1C, z, 0.0).sum(-1, keepdims=True)
+
+    def transposed(r: jax.Array, weight_SP1C: jax.Array) -> jax.Array:
+        """The mean over rows of x ⊗ r, whose sum over classes is 0, as each row's is."""
+        W = product('snd,snpc->spdc', x_SND, share_SNP1 * r)
+        # What rounding leaves of that sum would grow without bounds in the bias, which has no
+        # curvature along it. Classes bear it by weight: the smallest are the most sensitive.
+        return W - W.sum(-1, keepdims=True) * weight_SP1C / weight_SP1C.sum(-1, keepdims=True)
+
+    def over_rows(y: jax.Array) -> jax.Array:
+        """Means of the fitted rows' numbers y [S, N, P]: [S, P, 1, 1]."""
+        return (share_SNP1[..., 0] * y).sum(1)[..., None, None]
 
     def dot(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.sum(a * b, (2, 3), keepdims=True)
 
-    def cross_entropy(z: jax.Array) -> jax.Array:
-        return jax.nn.logsumexp(z, -1) - jnp.where(true_SN1C, z, 0.0).sum(-1)
+    def newton(state):
+        """One step: its direction by conjugate gradients, its length by the slope along it."""
+        i, active, W, z = state
+        r = _residual(z, true_SN1C)
+        weight_SPC = (share_SNP1 * jnp.abs(r) * (1 - jnp.abs(r))).sum(1)
+        weight_SP1C = jnp.maximum(weight_SPC, LEAST)[:, :, None, :]
+        g = transposed(r, weight_SP1C) + penalty * W
+        f = over_rows(_cross_entropy(z, true_SN1C)) + dot(penalty * W, W) / 2
+        # The Hessian's diagonal, if what rows weigh had nothing to do with their features.
+        h = square_S1D1 * weight_SP1C + penalty
 
-    def objective(z: jax.Array, W: jax.Array) -> jax.Array:
-        loss_SP = (share_SNP1[..., 0] * cross_entropy(z)).sum(1)
-        return loss_SP[..., None, None] + dot(penalty * W, W) / 2
+        def descend(carry):
+            i, running, n, promise, d, rest, s, rho = carry
+            Hs = transposed(_times_hessian(r + true_SN1C, logits(s)), weight_SP1C) + penalty * s
+            curvature = dot(s, Hs)
+            running &= curvature > 0
+            a = jnp.where(running, rho / jnp.where(running, curvature, 1.0), 0.0)
+            d, rest = d + a * s, rest - a * Hs
+            gain = a * rho / 2
+            n, promise = n + 1, promise + gain
+            running &= n * gain > FORCING * promise
+            last, rho = rho, dot(rest, rest / h)
+            s = rest / h + jnp.where(running, rho / jnp.where(running, last, 1.0), 0.0) * s
+            return i + 1, running, n, promise, d, rest, s, rho
 
-    def gradient(z: jax.Array, W: jax.Array) -> jax.Array:
-        return product('snd,snpc->spdc', x_SND, share_SNP1 * (jax.nn.softmax(z) - true_SN1C)) + (
-            penalty * W
-        )
-
-    def search(z: jax.Array, dz: jax.Array, W: jax.Array, d: jax.Array, f, slope, active):
-        """(step sizes, objectives, whether they were found): halves steps that lower too little."""
-
-        def halve(carry):
-            t, _, found, i = carry
-            t = jnp.where(found, t, t / 2)
-            lower = objective(z + _per_row(t) * dz, W + t * d)
-            # What float32 cannot tell apart is low enough.
-            enough = lower <= f + 1e-4 * t * slope + 1e-6 * f
-            return t, lower, found | enough, i + 1
-
-        start = jnp.where(active, 2.0, 0.0), f, ~active, 0
-        unfinished = lambda carry: jnp.any(~carry[2]) & (carry[3] < 30)  # noqa: E731
-        return lax.while_loop(unfinished, halve, start)[:3]
-
-    def iterate(state):
-        i, active, W, z, f, last_g, s, memory = state
-        g = gradient(z, W)
-        memory = _remember(memory, s, g - last_g, dot)
-        d = -_times_inverse_hessian(memory, g, dot)
-        slope = dot(d, g)
-        active &= -slope > tolerance_SP[..., None, None] * f
+        nothing = jnp.zeros_like(f)
+        start = i + 1, active, 0, nothing, jnp.zeros_like(W), -g, -g / h, dot(g, g / h)
+        descending = lambda carry: jnp.any(carry[1]) & (carry[0] < max_iterations)  # noqa: E731
+        i, _, _, promise, d, *_ = lax.while_loop(descending, descend, start)
         dz = logits(d)
-        t, lower, found = search(z, dz, W, d, f, slope, active)
-        active &= found
-        t = jnp.where(active, t, 0.0)
-        f = jnp.where(active, lower, f)
-        return i + 1, active, W + t * d, z + _per_row(t) * dz, f, g, t * d, memory
 
-    z = logits(W_SPDC)
-    f = objective(z, W_SPDC)
-    zeros = jnp.zeros_like(W_SPDC)
-    history = jnp.zeros((MEMORY, *W_SPDC.shape))
-    memory = (history, history, jnp.zeros((MEMORY, *f.shape)))
-    state = (jnp.int32(0), jnp.ones_like(f, bool), W_SPDC, z, f, zeros, zeros, memory)
-    state = lax.while_loop(lambda s: jnp.any(s[1]) & (s[0] < max_iterations), iterate, state)
-    iterations, _, W_SPDC, z, f, *_ = state
+        def narrow(carry):
+            """A step of Newton's method towards slope 0, inside an interval that holds it."""
+            n, found, low, high, t = carry
+            r = _residual(z + _per_row(t) * dz, true_SN1C)
+            slope = over_rows((r * dz).sum(-1)) + dot(penalty * d, W + t * d)
+            curved = (_times_hessian(r + true_SN1C, dz) * dz).sum(-1)
+            curvature = over_rows(curved) + dot(penalty * d, d)
+            found |= jnp.abs(slope) <= LEVEL * jnp.abs(dot(g, d))
+            low, high = jnp.where(slope < 0, t, low), jnp.where(slope < 0, high, t)
+            better = t - slope / curvature
+            inside = (better > low) & (better < jnp.minimum(high, 10 * t))
+            middle = jnp.where(jnp.isinf(high), 2 * t, (low + high) / 2)
+            return n + 1, found, low, high, jnp.where(found, t, jnp.where(inside, better, middle))
+
+        start = 0, ~active, nothing, nothing + jnp.inf, nothing + 1
+        narrowing = lambda carry: jnp.any(~carry[1]) & (carry[0] < HALVINGS)  # noqa: E731
+        _, found, _, _, t = lax.while_loop(narrowing, narrow, start)
+        t = jnp.where(active & found, t, 0.0)
+        active &= found & (promise > tolerance_SP[..., None, None] * f)
+        return i, active, W + t * d, z + _per_row(t) * dz
+
+    state = (jnp.int32(0), jnp.ones_like(rows_SP11, bool), W_SPDC, logits(W_SPDC))
+    unsolved = lambda state: jnp.any(state[1]) & (state[0] < max_iterations)  # noqa: E731
+    iterations, _, W_SPDC, z = lax.while_loop(unsolved, newton, state)
+    cross_entropy_SNP = _cross_entropy(z, true_SN1C)
+    loss_SP11 = over_rows(cross_entropy_SNP) + dot(penalty * W_SPDC, W_SPDC) / 2
     held_SNP = jnp.swapaxes(held_SPN, 1, 2)
     return Solution(
         W_SPDC,
-        jnp.sum(jnp.where(held_SNP, cross_entropy(z), 0.0), 1),
-        f[..., 0, 0] * rows_SP11[..., 0, 0],
+        jnp.sum(jnp.where(held_SNP, cross_entropy_SNP, 0.0), 1),
+        (loss_SP11 * rows_SP11)[..., 0, 0],
         iterations,
     )
 
@@ -148,32 +179,28 @@ def _per_row(t_SP11: jax.Array) -> jax.Array:
     return jnp.swapaxes(t_SP11, 1, 2)
 
 
-def _remember(memory: tuple, s: jax.Array, y: jax.Array, dot) -> tuple:
-    """Adds a step s, the change y of the gradient over it and 1 / sᵀy; forgets the oldest.
-
-    A problem that is solved makes no more steps: its 1 / sᵀy is 0, and such pairs do nothing.
-    """
-    sy = dot(s, y)
-    rho = jnp.where(sy > 0, 1 / jnp.where(sy > 0, sy, 1.0), 0.0)
-    return tuple(
-        jnp.concatenate([old[1:], new[None]]) for old, new in zip(memory, (s, y, rho), strict=True)
-    )
+def _parts(z: jax.Array, true: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The maximum of logits, the true class's being 0; exp of the others' and of the true class's,
+    both divided by exp of the maximum."""
+    top = z.max(-1, keepdims=True, initial=0.0)
+    return top, jnp.where(true, 0.0, jnp.exp(z - top)), jnp.exp(-top)
 
 
-def _times_inverse_hessian(memory: tuple, g: jax.Array, dot) -> jax.Array:
-    """The two-loop recursion: memory's estimate of the inverse Hessian, times g."""
+def _cross_entropy(z: jax.Array, true: jax.Array) -> jax.Array:
+    """Cross-entropy [...] of logits [..., C], the true class's being 0."""
+    top, others, own = _parts(z, true)
+    others = others.sum(-1)
+    top, own = top[..., 0], own[..., 0]
+    return jnp.where(top > 0, top + jnp.log(others + own), jnp.log1p(others))
 
-    def newest_first(q, pair):
-        s, y, rho = pair
-        a = rho * dot(s, q)
-        return q - a * y, a
 
-    def oldest_first(r, pair):
-        s, y, rho, a = pair
-        return r + (a - rho * dot(y, r)) * s, None
+def _residual(z: jax.Array, true: jax.Array) -> jax.Array:
+    """The gradient of the cross-entropy: probabilities, less 1 for the true class."""
+    _, others, own = _parts(z, true)
+    total = others.sum(-1, keepdims=True)
+    return jnp.where(true, -total, others) / (total + own)
 
-    q, a = lax.scan(newest_first, g, memory, reverse=True)
-    _, y, rho = (m[-1] for m in memory)
-    # Before anything is remembered: a step no longer than 1.
-    scaled = jnp.where(rho > 0, rho * dot(y, y), jnp.maximum(1.0, jnp.sqrt(dot(g, g))))
-    return lax.scan(oldest_first, q / scaled, (*memory, a))[0]
+
+def _times_hessian(p: jax.Array, dz: jax.Array) -> jax.Array:
+    """The Hessian of the cross-entropy by logits, at probabilities p, times dz."""
+    return p * (dz - (p * dz).sum(-1, keepdims=True))
