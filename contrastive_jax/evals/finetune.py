@@ -142,17 +142,17 @@ def make(
         fit = Fit(subject.mesh, module, *devices, classes, label, mixup, weight_decay, layer_decay)
         for name, labels in few.items():
             sets = list(enumerate(few_labels.draws(label_N, labels, draws, seed)))
-            title = few_labels.titled(name)
+            called, title = evaluation.titled('finetune', label), few_labels.titled(name)
             if not (subject.random and scratch):
                 scores = [top1(subject, fit, subject.weights, rows, i) for i, rows in sets]
-                yield from few_labels.over_draws(f'top1_{name}', scores, f'finetune, {title}')
+                yield from few_labels.over_draws(f'top1_{name}', scores, f'{called}, {title}')
             if scratch:
                 if (module, name) not in from_scratch:
                     # Of random weights no layer is worth keeping: one rate for all.
                     plain = fit._replace(layer_decay=1.0)
                     scores = [top1(subject, plain, None, rows, i) for i, rows in sets]
                     from_scratch[module, name] = scores
-                scores, title = from_scratch[module, name], f'finetune, scratch, {title}'
+                scores, title = from_scratch[module, name], f'{called}, scratch, {title}'
                 yield from few_labels.over_draws(f'scratch_top1_{name}', scores, title)
 
     return evaluate
