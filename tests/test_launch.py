@@ -127,6 +127,7 @@ class Sandbox:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
             raise
         assert process.returncode == code, out + err
         return out, err
@@ -254,9 +255,13 @@ def test_local_a_process_that_dies_ends_the_others(sandbox):
 
 @pytest.mark.parametrize('how', ['TERM', 'Ctrl-C'])
 def test_local_passes_a_signal_on_once(how, sandbox):
+    # What a shell starts in the background ignores SIGINT, and so does what that starts, unless
+    # there is a handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = sandbox.start(
         [LAUNCH / 'local.sh', '--processes=2', '--', *PROGRAM, '--workdir=w'], STUB=SAVES
     )
+    signal.signal(signal.SIGINT, before)
     sandbox.wait('ready', 2)
     if how == 'TERM':
         process.send_signal(signal.SIGTERM)
