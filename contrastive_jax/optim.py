@@ -15,7 +15,13 @@ from contrastive_jax.config import UserError, check_range, choose, unknown
 Decay = float | optax.Schedule
 
 WHERE = 'config.optim'
-SHARES = ('layer_decay', 'warmup', 'final_fraction', 'momentum', 'b1', 'b2')  # from 0 to 1
+# Keys of every optimiser, and those of all modules together.
+SHARED = (
+    *('learning_rate', 'scaling', 'weight_decay', 'final_weight_decay', 'warmup', 'final_fraction'),
+)
+WHOLE = ('layer_decay', 'clip_norm', 'modules')
+SHARES = ('momentum', 'b1', 'b2')  # options from 0 to 1
+OTHERS = '*'  # in the partition: the modules that are not named
 SCALINGS: Mapping[str, Callable[[int], float]] = {  # of the learning rate, by the batch size
     'linear': lambda batch_size: batch_size / 256,  # Goyal et al. 2017, arXiv:1706.02677
     'sqrt': lambda batch_size: math.sqrt(batch_size / 1024),  # DINOv2
@@ -212,6 +218,44 @@ OPTIMISERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
+def _one(
+    where: str,
+    total_steps: int,
+    batch_size: int,
+    /,
+    *,
+    name: str,
+    learning_rate: float,
+    scaling: str,
+    weight_decay: float,
+    final_weight_decay: float | None,
+    warmup: float,
+    final_fraction: float,
+    **options: float,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser of parameters that share all of these: see `make`."""
+    optimiser = choose('optimiser', name, OPTIMISERS, where)
+    own = list(inspect.signature(optimiser).parameters)[2:]
+    for key in options:
+        if key not in own:
+            settable = [*own, *SHARED, *(WHOLE if where == WHERE else ())]
+            raise unknown(f'key for {name}', key, settable, where)
+    scale = choose('scaling', scaling, SCALINGS, where)
+    numbers = {'learning_rate': learning_rate, 'weight_decay': weight_decay}
+    if final_weight_decay is not None:
+        numbers['final_weight_decay'] = final_weight_decay
+    shares = {'warmup': warmup, 'final_fraction': final_fraction}
+    for key, value in options.items():
+        (shares if key in SHARES else numbers)[key] = value
+    check_range(where, numbers, least=0)
+    check_range(where, shares, least=0, most=1)
+    schedule = warmup_cosine(learning_rate * scale(batch_size), total_steps, warmup, final_fraction)
+    decay: Decay = weight_decay
+    if final_weight_decay is not None:
+        decay = cosine_between(weight_decay, final_weight_decay, total_steps)
+    return optimiser(schedule, decay, **options), schedule
+
+
 def make(
     *,
     name: str,
@@ -225,6 +269,7 @@ def make(
     warmup: float = 0.0,
     final_fraction: float = 0.0,
     clip_norm: float = 0.0,
+    modules: Mapping[str, Mapping[str, Any]] | None = None,
     **options: float,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """An optimiser whose learning rate warms up linearly and falls by a cosine.
@@ -246,44 +291,55 @@ def make(
         warmup: fraction of total_steps in [0, 1] (see `warmup_cosine`).
         final_fraction: learning rate at the end over its peak, in [0, 1].
         clip_norm: gradients are scaled down to this global norm before the optimiser; 0: never.
+        modules: name of a top-level module of the parameters -> what is different for it, so that
+            it has an optimiser of its own: {'critic': {'learning_rate': 2e-3, 'b1': 0.5}}. Every
+            key but layer_decay and clip_norm, which are of all modules together: the norm is that
+            of the whole gradient. With another `name`, `options` are not those of the others.
         **options: adamw: b1, b2, eps; sgd: momentum; lars: momentum, trust_coefficient;
             lamb: b1, b2, eps.
 
     Returns:
-        The transformation, whose update needs the params, and the schedule: step -> learning rate.
+        The transformation, whose update needs the params, and the schedule: step -> learning rate,
+        of the parameters that `modules` does not name.
 
     Raises:
-        UserError: an unknown name or option, or a value outside its range; (when updating) a
-            layer_decay for parameters without blocks.
+        UserError: an unknown name or option, or a value outside its range; (when starting) a module
+            that the parameters do not have; (when updating) a layer_decay for parameters without
+            blocks.
     """
-    optimiser = choose('optimiser', name, OPTIMISERS, WHERE)
+    check_range(
+        'config', {'total_steps': total_steps, 'batch_size': batch_size}, least=1, whole=True
+    )
+    check_range(WHERE, {'layer_decay': layer_decay}, least=0, most=1)
+    check_range(WHERE, {'clip_norm': clip_norm}, least=0)
     shared = {
+        'name': name,
         'learning_rate': learning_rate,
+        'scaling': scaling,
         'weight_decay': weight_decay,
         'final_weight_decay': final_weight_decay,
-        'layer_decay': layer_decay,
         'warmup': warmup,
         'final_fraction': final_fraction,
-        'clip_norm': clip_norm,
     }
-    scale = choose('scaling', scaling, SCALINGS, WHERE)
-    own = list(inspect.signature(optimiser).parameters)[2:]
-    for key in options:
-        if key not in own:
-            raise unknown(f'key for {name}', key, [*own, *shared, 'scaling'], WHERE)
-    given = {k: v for k, v in (shared | options).items() if v is not None}
-    shares = {k: v for k, v in given.items() if k in SHARES}
-    check_range(WHERE, shares, least=0, most=1)
-    check_range(WHERE, {k: v for k, v in given.items() if k not in shares}, least=0)
-    steps = {'total_steps': total_steps, 'batch_size': batch_size}
-    check_range('config', steps, least=1, whole=True)
-    schedule = warmup_cosine(learning_rate * scale(batch_size), total_steps, warmup, final_fraction)
-    decay: Decay = weight_decay
-    if final_weight_decay is not None:
-        decay = cosine_between(weight_decay, final_weight_decay, total_steps)
-    transformation = optimiser(schedule, decay, **options)
+    every: dict[str, Any] = shared | options
+    transformation, schedule = _one(WHERE, total_steps, batch_size, **every)
+    if modules:
+        parts: dict[Any, optax.GradientTransformation] = {OTHERS: transformation}
+        for module, changes in modules.items():
+            inherited = every if changes.get('name', name) == name else shared
+            where = f'{WHERE}.modules.{module}'
+            parts[module], _ = _one(where, total_steps, batch_size, **{**inherited, **changes})
+        transformation = optax.partition(parts, lambda params: _owners(params, modules))
     if layer_decay != 1:
         transformation = optax.chain(transformation, _scale_layers(layer_decay))
     if clip_norm:
         transformation = optax.chain(optax.clip_by_global_norm(clip_norm), transformation)
     return transformation, schedule
+
+
+def _owners(params: Mapping[str, Any], modules: Mapping[str, Any]) -> dict[str, str]:
+    """Top-level module -> the name of its optimiser in the partition."""
+    for module in modules:
+        if module not in params:
+            raise unknown('module', module, params, f'{WHERE}.modules')
+    return {module: module if module in modules else OTHERS for module in params}

@@ -11,6 +11,8 @@ import pytest
 from contrastive_jax import models, optim
 from contrastive_jax.config import UserError
 from contrastive_jax.models import resnet, vit
+from contrastive_jax.state import TrainState
+from contrastive_jax.workdir import checkpoint
 
 STEPS, BATCH = 10, 512
 DECAYED = {'kernel', 'convolution'}
@@ -235,6 +237,124 @@ def test_layer_decay_without_layers():
         tx.update(params, tx.init(params), params)
 
 
+def two_modules(seed):
+    """What a method with a critic beside its encoder may have as parameters."""
+    return {'encoder': tree(seed), 'critic': tree(seed + 100), 'scale': np.float64(seed + 2.0)}
+
+
+def adamw_in_float64(grads, peak, b1, b2, decay, warmup=0.2):
+    """A tree's parameters after one step for each of the gradients, by the papers' formulas."""
+
+    def one(path, p, *gs):
+        m = v = 0.0
+        for step, g in enumerate(gs):
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+            direction = (m / (1 - b1 ** (step + 1))) / (np.sqrt(v / (1 - b2 ** (step + 1))) + 1e-8)
+            rise = round(warmup * STEPS)
+            progress = (step - rise) / (STEPS - rise)
+            share = step / rise if step < rise else 0.5 * (1 + np.cos(np.pi * progress))
+            kernel = getattr(path[-1], 'key', '') in DECAYED
+            p = p - peak * BATCH / 256 * share * (direction + decay * kernel * p)
+        return p
+
+    return lambda params: jax.tree_util.tree_map_with_path(one, params, *grads)
+
+
+def run(tx, params, grads):
+    params = jax.tree.map(jnp.float32, params)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for g in grads:
+        updates, state = update(jax.tree.map(jnp.float32, g), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_modules_equal_optimisers_of_their_own():
+    critic = {'learning_rate': 0.05, 'b1': 0.5, 'weight_decay': 0.4, 'warmup': 0.0}
+    tx, schedule = optim.make(
+        name='adamw', warmup=0.2, modules={'critic': critic}, **SHARED, **BETAS
+    )
+    params, grads = two_modules(0), [two_modules(i + 1) for i in range(4)]
+    got = run(tx, params, grads)
+
+    def of(*names):
+        return [{k: g[k] for k in names} for g in (params, *grads)]
+
+    for names, want in (
+        (('encoder', 'scale'), {'peak': 0.3, **BETAS, 'decay': 0.2}),
+        (('critic',), {'peak': 0.05, 'b1': 0.5, 'b2': BETAS['b2'], 'decay': 0.4, 'warmup': 0.0}),
+    ):
+        start, *own = of(*names)
+        wanted = adamw_in_float64(own, **want)(start)
+        close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
+        jax.tree.map(close, {k: got[k] for k in names}, wanted)
+    np.testing.assert_allclose(schedule(1), rate(1), rtol=1e-6)  # that of the others
+
+
+@pytest.mark.parametrize('name', optim.OPTIMISERS)
+@pytest.mark.parametrize('other', ['adamw', 'lars'])
+def test_a_module_may_have_another_optimiser(name, other):
+    """And its options are not those of the others."""
+    options = {'b1': 0.5, 'b2': 0.5} if name in ('adamw', 'lamb') else {'momentum': 0.5}
+    changes = {'name': other, 'learning_rate': 0.1, 'final_weight_decay': 0.9}
+    params, grads = two_modules(0), [two_modules(1), two_modules(2)]
+    mixed, _ = optim.make(name=name, modules={'critic': changes}, **SHARED, **options)
+    main, _ = optim.make(name=name, **SHARED, **options)
+    kept = options if other == name else {}
+    own, _ = optim.make(**{**SHARED, **kept, **changes})
+    got = run(mixed, params, grads)
+    for tx, names in ((main, ('encoder', 'scale')), (own, ('critic',))):
+        start, *gs = ({k: p[k] for k in names} for p in (params, *grads))
+        close = partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+        jax.tree.map(close, {k: got[k] for k in names}, run(tx, start, gs))
+
+
+def test_the_norm_and_the_layers_are_those_of_all_modules():
+    params = {'encoder': {'block0': 1.0, 'block1': 1.0}, 'critic': {'block0': 1.0, 'linear': 1.0}}
+    params = jax.tree.map(lambda x: jnp.full((2, 2), x), params)
+    gradients = jax.tree.map(lambda x: 3.0 * x, params)  # of norm 12
+    plain = {'learning_rate': 0.5, 'total_steps': STEPS, 'batch_size': 256, 'momentum': 0.0}
+    tx, _ = optim.make(
+        name='sgd', clip_norm=6.0, layer_decay=0.5, modules={'critic': {'learning_rate': 5.0}},
+        **plain,
+    )  # fmt: skip
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    # (3 / 2) · rate · factor
+    want = {
+        'encoder': {'block0': 0.1875, 'block1': 0.375},
+        'critic': {'block0': 3.75, 'linear': 7.5},
+    }
+    jax.tree.map(lambda u, w: np.testing.assert_allclose(u, np.full((2, 2), -w)), updates, want)
+
+
+def test_modules_survive_a_checkpoint(tmp_path):
+    tx, _ = optim.make(
+        name='adamw', clip_norm=1.0, modules={'critic': {'name': 'lars'}, 'scale': {'b1': 0.5}},
+        **SHARED,
+    )  # fmt: skip
+    params = jax.tree.map(jnp.float32, two_modules(0))
+    _, saved = tx.update(params, tx.init(params), params)
+    state = TrainState(jnp.int32(1), params, saved, {})
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, best='none')
+    checkpoints.save(state, None, 1)
+    checkpoints.wait()
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
+    restored = checkpoints.restore(like)
+    checkpoints.close()
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_a_module_that_is_not_there():
+    tx, _ = optim.make(name='adamw', modules={'critics': {}}, **SHARED)
+    with pytest.raises(UserError) as error:
+        tx.init(jax.tree.map(jnp.float32, two_modules(0)))
+    for part in ('optim.modules', "'critics'", "Did you mean 'critic'", "'critic', 'encoder', 'sc"):
+        assert part in str(error.value)
+
+
 def test_who_is_decayed():
     names = {k for k, v in optim.decayed(tree(0)).items() if v}
     assert names == DECAYED
@@ -291,6 +411,12 @@ def test_state_follows_the_parameters_structure():
         ({'warmpu': 0.1}, ["'warmpu'", "Did you mean 'warmup'"]),
         ({'b1': 0.9}, ["key for sgd 'b1'", "'momentum'"]),
         ({'momentum': 1.5}, ['momentum', '1.5']),
+        ({'modules': {'critic': {'momentum': 1.5}}}, ['optim.modules.critic.momentum', '1.5']),
+        ({'modules': {'critic': {'b1': 0.5}}}, ['optim.modules.critic', "key for sgd 'b1'"]),
+        ({'modules': {'critic': {'clip_norm': 1.0}}}, ['optim.modules.critic', "'clip_norm'"]),
+        ({'modules': {'critic': {'total_steps': 9}}}, ['optim.modules.critic', "'total_steps'"]),
+        ({'modules': {'critic': {'name': 'adan'}}}, ['optim.modules.critic', "'adamw'"]),
+        ({'module': {}}, ["Did you mean 'modules'"]),
     ],
 )
 def test_errors_say_what_to_do(change, parts):
