@@ -86,9 +86,7 @@ def exactness(pairs: int, microbatch: int, image_size: int) -> None:
                 lambda *d: sum(d) / parts, *by_parts
             ),
         }
-        print(
-            f'{pairs:,} pairs, {image_size} pixels, ‖gradient‖ {optax.tree.norm(expected):.4g}\n'
-        )
+        print(f'{pairs:,} pairs, {image_size} pixels, ‖gradient‖ {optax.tree.norm(expected):.4g}\n')
         print('| gradient | ‖difference‖ / ‖gradient‖ |')
         print('|---|---|')
         for name, got in found.items():
