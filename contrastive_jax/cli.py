@@ -75,7 +75,8 @@ def cpu_devices(config: Config) -> None:
     """On CPUs one device a core, up to 8, as far as the batch divides; XLA_FLAGS may say otherwise.
 
     XLA spreads one device's small operations badly over cores, which costs small ViTs the most: see
-    docs/results.md. No effect elsewhere.
+    docs/results.md. On several, config.microbatch could hang: see docs/troubleshooting.md. No
+    effect elsewhere.
     """
     import jax
 
@@ -83,7 +84,8 @@ def cpu_devices(config: Config) -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     rows = max(1, config.batch_size // max(1, config.accumulate))
-    jax.config.update('jax_num_cpu_devices', math.gcd(min(cores or 1, 8), rows, config.microbatch))
+    most = 1 if config.microbatch else min(cores or 1, 8)
+    jax.config.update('jax_num_cpu_devices', math.gcd(most, rows))
 
 
 def quiet() -> None:

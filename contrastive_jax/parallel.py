@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -114,7 +115,10 @@ def lay_out(mesh: Mesh, tree: Any, fsdp: bool) -> Any:
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1, microbatch: int = 0) -> None:
-    """Raises UserError unless every device gets the same number of rows of every micro-batch."""
+    """Raises UserError unless every device gets the same number of rows of every micro-batch.
+
+    Warns where XLA could hang.
+    """
     check_range('config', {'accumulate': accumulate}, least=1, whole=True)
     check_range('config', {'microbatch': microbatch}, least=0, whole=True)
     parts = mesh.size * accumulate
@@ -132,6 +136,10 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1, microbatch: in
         raise UserError(
             f'config.microbatch: got {microbatch}; expected a multiple of the {mesh.size} devices '
             f'that divides the batch of {rows}; the nearest is {near}.'
+        )
+    if microbatch and mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu':
+        logging.warning(
+            'config.microbatch on %d CPU devices can hang: see docs/troubleshooting.md', mesh.size
         )
 
 

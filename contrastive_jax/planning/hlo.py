@@ -140,6 +140,46 @@ def costs(text: str) -> Costs:
 Computation = dict[str, Instruction]
 
 
+def overtaking(text: str) -> list[tuple[str, str]]:
+    """Finds the collectives on which a program can hang XLA's CPU runtime.
+
+    The runtime starts a program's collectives in one order, but counts those within a loop, a call
+    or a conditional as started with it. A collective that comes later and does not need its result
+    may then be first on one device and not on another, and each waits for the other for ever.
+
+    Args:
+        text: `compiled.as_text()` of a program for CPUs, whose instructions are in the order that
+            they are started in.
+
+    Returns:
+        Pairs of names: of a loop, call or conditional with collectives within, and of an
+        instruction that may overtake them.
+    """
+    computations, _ = _parse(text)
+
+    def nested(instruction: Instruction) -> bool:
+        names = ' '.join(found for _, found in _CALLED.findall(instruction.text))
+        return any(within(name) for name in re.findall(r'[\w.\-]+', names))
+
+    @functools.cache
+    def within(name: str) -> bool:
+        inside = computations.get(name, {}).values()
+        return any(i.op.removesuffix('-start') in COLLECTIVES or nested(i) for i in inside)
+
+    found = []
+    for computation in computations.values():
+        needs: dict[str, set[str]] = {}
+        before: list[str] = []
+        for name, instruction in computation.items():
+            needs[name] = set().union(*({o} | needs.get(o, set()) for o in instruction.operands))
+            is_loop = nested(instruction)
+            if is_loop or instruction.op.removesuffix('-start') in COLLECTIVES:
+                found += [(loop, name) for loop in before if loop not in needs[name]]
+            if is_loop:
+                before.append(name)
+    return found
+
+
 def _parse(text: str) -> tuple[dict[str, Computation], str | None]:
     computations: dict[str, Computation] = {}
     current: Computation | None = None

@@ -20,7 +20,7 @@ Tree = Any
 Score = Callable[..., jax.Array]  # (rows_block, bank_block) -> scores_mn
 
 # With 'auto', a bank that takes this much as float32 on every device is gathered: one collective
-# instead of one a device.
+# instead of one a device. On CPUs any bank is: docs/troubleshooting.md.
 GATHERED_BYTES = 4 * 2**20
 HOP_BYTES = 16 * 2**20  # that a device sends to its neighbour at a time
 EXCHANGES = ('auto', 'ring', 'gather')
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
         if exchange not in EXCHANGES:
             raise ValueError(f'similarity: exchange must be one of {EXCHANGES}, got {exchange!r}')
         M, N, devices = trees.length(rows), trees.length(bank), device_count()
-        small = 4 * trees.floats(bank) <= GATHERED_BYTES
+        small = 4 * trees.floats(bank) <= GATHERED_BYTES or _on_cpus()
         gather = exchange == 'gather' or (exchange == 'auto' and small)
         gather = gather and devices > 1
         shard = N if gather else -(-N // devices)
@@ -365,6 +365,11 @@ def device_count() -> int:
     """Devices that rows are sharded over: the size of the current mesh's first axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape[mesh.axis_names[0]]
+
+
+def _on_cpus() -> bool:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == 'cpu'
 
 
 def _manual_mesh():
