@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from contrastive_jax.config import UserError, check_range, choose
-from contrastive_jax.similarity.tiles import device_count
+from contrastive_jax.similarity.mesh import device_count
 
 SIZES = {  # He et al. 2016, table 1
     '18': {'widths': (64, 128, 256, 512), 'blocks': (2, 2, 2, 2), 'block': 'basic'},

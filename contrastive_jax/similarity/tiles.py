@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from contrastive_jax.similarity import trees
+from contrastive_jax.similarity.mesh import axis, device_count, on_cpus
 
 Tree = Any
 Score = Callable[..., jax.Array]  # (rows_block, bank_block) -> scores_mn
@@ -50,7 +51,7 @@ class Layout(NamedTuple):
         if exchange not in EXCHANGES:
             raise ValueError(f'similarity: exchange must be one of {EXCHANGES}, got {exchange!r}')
         M, N, devices = trees.length(rows), trees.length(bank), device_count()
-        small = 4 * trees.floats(bank) <= GATHERED_BYTES or _on_cpus()
+        small = 4 * trees.floats(bank) <= GATHERED_BYTES or on_cpus()
         gather = exchange == 'gather' or (exchange == 'auto' and small)
         gather = gather and devices > 1
         shard = N if gather else -(-N // devices)
@@ -355,21 +356,6 @@ def strips(function: Callable[[Tree, Tree], Tree], rows: Tree, bank: Tree) -> Tr
     return trees.cut(
         run(trees.pad(rows, -M % devices), trees.pad(bank, -N % devices), closed_over), M
     )
-
-
-def axis() -> str:
-    return jax.sharding.get_abstract_mesh().axis_names[0]
-
-
-def device_count() -> int:
-    """Devices that rows are sharded over: the size of the current mesh's first axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape[mesh.axis_names[0]]
-
-
-def _on_cpus() -> bool:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is not None and device.platform == 'cpu'
 
 
 def _manual_mesh():
