@@ -31,7 +31,7 @@ def environment(devices):
 
 
 # Minutes each: workers take these files first, so that none has one left when the others are done.
-LONG = ('test_methods', 'test_train', 'test_losses')
+LONG = ('test_methods', 'test_configs', 'test_train', 'test_losses')
 
 
 def pytest_collection_modifyitems(items):
