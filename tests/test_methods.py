@@ -16,6 +16,7 @@ import pytest
 from contrastive_jax import losses, methods, models, optim, parallel, state
 from contrastive_jax.config import UserError, build
 from contrastive_jax.networks import pair
+from contrastive_jax.planning import hlo
 from contrastive_jax.workdir import checkpoint
 
 NAMES = [m.name for m in pkgutil.iter_modules(methods.__path__)]
@@ -142,6 +143,13 @@ class TestContract:
                 assert np.isfinite(total).all(), path
                 assert np.abs(total).max() > 0, f'{path} gets no gradient'
         assert np.allclose(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+
+    def test_eight_devices_start_collectives_in_one_order(self, name, model):
+        """XLA hangs on such a step on CPUs: docs/troubleshooting.md."""
+        mesh, init, step = trainer(name, model, 8)
+        with jax.set_mesh(mesh):
+            rows = parallel.shard_batch(mesh, batch_of(name))
+            assert not hlo.overtaking(step.lower(init(), rows).compile().as_text())
 
     def test_saved_and_restored_goes_on_with_the_same_bits(self, name, model, tmp_path):
         mesh, init, step = trainer(name, model, 8)
