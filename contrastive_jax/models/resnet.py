@@ -100,7 +100,7 @@ def _kernel_gradient(x, d_out, side, stride, padding):
     x, d_out = (y.reshape(devices, -1, *y.shape[1:]) for y in (x, d_out))
     batch, rows, columns, width = d_out.shape[1:]
     channels = x.shape[-1]
-    most = max(8, 2**17 // (rows * columns * channels)) // devices
+    most = max(4, 2**16 // (rows * columns * channels)) // devices
     images = max(n for n in range(1, min(batch, max(1, most)) + 1) if batch % n == 0)
 
     def share(x, d_out):
@@ -110,20 +110,20 @@ def _kernel_gradient(x, d_out, side, stride, padding):
         def add(total, i):
             one = jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
             patches = [p.reshape(-1, channels) for p in _patches(one, side, stride, padding)]
+            patches_NP = jnp.concatenate(patches, axis=1)
             d_one = jax.lax.dynamic_index_in_dim(d_out, i, axis=1, keepdims=False)
-            product = jnp.einsum(
-                'PNC,ND->PCD',
-                jnp.stack(patches),
-                d_one.reshape(-1, width),
-                preferred_element_type=jnp.float32,
+            d_ND = d_one.reshape(-1, width)
+            # [D, P], whose rows are long, takes a CPU less time than [P, D].
+            product_DP = jnp.einsum(
+                'ND,NP->DP', d_ND, patches_NP, preferred_element_type=jnp.float32
             )
-            return total + product, None
+            return total + product_DP, None
 
-        start = jnp.zeros((side * side, channels, width), jnp.float32)
+        start = jnp.zeros((width, side * side * channels), jnp.float32)
         return jax.lax.scan(add, start, jnp.arange(batch // images))[0]
 
-    total = jax.vmap(share)(x, d_out).sum(0)
-    return total.reshape(side, side, channels, width).astype(x.dtype)
+    total_DP = jax.vmap(share)(x, d_out).sum(0)
+    return total_DP.T.reshape(side, side, channels, width).astype(x.dtype)
 
 
 convolve.defvjp(_forward, _backward)
