@@ -2,114 +2,32 @@
 
 import inspect
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from contrastive_jax.config import UserError, check_range, choose, unknown
+from contrastive_jax.config import check_range, choose, unknown
+from contrastive_jax.parameters import KINDS, names, of_kinds, rate_factors
 
 Decay = float | optax.Schedule
+Mask = Callable[[Any], Any]  # parameters -> which of them are decayed
 
 WHERE = 'config.optim'
 # Keys of every optimiser, and those of all modules together.
 SHARED = (
-    *('learning_rate', 'scaling', 'weight_decay', 'final_weight_decay', 'warmup', 'final_fraction'),
+    *('learning_rate', 'scaling', 'weight_decay', 'final_weight_decay', 'decayed'),
+    *('warmup', 'initial_fraction', 'final_fraction', 'frozen'),
 )
-WHOLE = ('layer_decay', 'clip_norm', 'modules')
+WHOLE = ('layer_decay', 'patch_embedding_rate', 'bias_rate', 'clip_norm', 'clip_by', 'modules')
 SHARES = ('momentum', 'b1', 'b2')  # options from 0 to 1
-OTHERS = '*'  # in the partition: the modules that are not named
+OTHERS = '*'  # in the partition: the parameters that `modules` does not name
 SCALINGS: Mapping[str, Callable[[int], float]] = {  # of the learning rate, by the batch size
     'linear': lambda batch_size: batch_size / 256,  # Goyal et al. 2017, arXiv:1706.02677
     'sqrt': lambda batch_size: math.sqrt(batch_size / 1024),  # DINOv2
 }
-BLOCK = re.compile(r'(?:stage(\d+)_)?block(\d+)')
-BEFORE_BLOCKS = re.compile(r'stem.*|(?:.*_)?(?:embedding|token)')
-
-
-def decayed(params: Any) -> Any:
-    """True for each parameter that takes weight decay: the kernels.
-
-    Not decayed are all with fewer than two dimensions, leading ones of size 1 not counted (biases,
-    scales and offsets of norms, CLS and mask tokens, temperatures), and position embeddings.
-
-    Args:
-        params: a tree of arrays.
-
-    Returns:
-        A tree of bools of the same structure.
-    """
-
-    def rule(path: tuple, x: jax.Array) -> bool:
-        shape = list(x.shape)
-        while shape and shape[0] == 1:
-            shape.pop(0)
-        return len(shape) >= 2 and getattr(path[-1], 'key', '') != 'position_embedding'
-
-    return jax.tree_util.tree_map_with_path(rule, params)
-
-
-def layer_factors(params: Any, decay: float) -> Any:
-    """What layer-wise decay multiplies the learning rate of each parameter by.
-
-    A module whose parts are named block0, block1, ... (or stage1_block0, ...) has layers: in a
-    stack of L blocks the last one has decay, the first one decay^L, and what lies before them in
-    the same module (stem..., ..._embedding, ..._token) decay^(L + 1). All else is after the
-    blocks, or has none, and keeps its rate.
-
-    Args:
-        params: a tree of arrays.
-        decay: in [0, 1].
-
-    Returns:
-        A tree of floats of the same structure.
-
-    Raises:
-        UserError: no blocks are found.
-
-    Source: BEiT (Bao et al. 2022, arXiv:2106.08254) after ELECTRA (Clark et al. 2020); DINOv2.
-    """
-
-    def names(path: tuple) -> tuple[str, ...]:
-        return tuple(str(getattr(entry, 'key', entry)) for entry in path)
-
-    def place(name: str) -> tuple[int, int] | None:
-        match = BLOCK.fullmatch(name)
-        return (int(match[1] or 0), int(match[2])) if match else None
-
-    stacks: dict[tuple[str, ...], set[tuple[int, int]]] = {}  # module -> its blocks
-    for path, _ in jax.tree_util.tree_leaves_with_path(params):
-        parts = names(path)
-        for i, name in enumerate(parts):
-            if block := place(name):
-                stacks.setdefault(parts[:i], set()).add(block)
-    if not stacks:
-        raise UserError(f'{WHERE}.layer_decay: got {decay}, but the parameters have no blocks.')
-
-    def factor(path: tuple, _: Any) -> float:
-        parts = names(path)
-        for i, name in enumerate(parts):
-            blocks = sorted(stacks.get(parts[:i], ()))
-            if blocks and (block := place(name)):
-                return decay ** (len(blocks) - blocks.index(block))
-            if blocks and BEFORE_BLOCKS.fullmatch(name):
-                return decay ** (len(blocks) + 1)
-        return 1.0
-
-    return jax.tree_util.tree_map_with_path(factor, params)
-
-
-def _scale_layers(decay: float) -> optax.GradientTransformation:
-    """Multiplies every update, weight decay included, by its parameter's `layer_factors`."""
-
-    def scale(updates: Any, params: Any) -> Any:
-        del params
-        return jax.tree.map(lambda u, factor: u * factor, updates, layer_factors(updates, decay))
-
-    return optax.stateless(scale)
 
 
 def cosine_between(start: float, end: float, total_steps: int) -> optax.Schedule:
@@ -126,9 +44,13 @@ def cosine_between(start: float, end: float, total_steps: int) -> optax.Schedule
 
 
 def warmup_cosine(
-    peak: float, total_steps: int, warmup: float = 0.0, final_fraction: float = 0.0
+    peak: float,
+    total_steps: int,
+    warmup: float = 0.0,
+    final_fraction: float = 0.0,
+    initial_fraction: float = 0.0,
 ) -> optax.Schedule:
-    """Linear from 0 to `peak`, then half a cosine down to `final_fraction * peak`.
+    """Linear from a share of `peak` up to it, then half a cosine down to another.
 
     Args:
         peak: the highest learning rate.
@@ -136,6 +58,7 @@ def warmup_cosine(
         warmup: fraction of total_steps in [0, 1], rounded to a whole number of steps; the step
             after them (the first one, without warm-up) has the peak.
         final_fraction: in [0, 1]: 0 for SimCLR, 0.001 for Barlow Twins.
+        initial_fraction: in [0, 1]: 0 for most, 1/16 for SwAV.
 
     Source: Goyal et al. 2017, arXiv:1706.02677 (warm-up); Loshchilov and Hutter 2017,
     arXiv:1608.03983 (cosine).
@@ -147,7 +70,8 @@ def warmup_cosine(
         progress = jnp.clip((step - rise) / max(total_steps - rise, 1), 0.0, 1.0)
         cosine = (1.0 + jnp.cos(jnp.pi * progress)) / 2.0
         fall = final_fraction + (1.0 - final_fraction) * cosine
-        return peak * jnp.where(step < rise, step / max(rise, 1), fall)
+        climb = initial_fraction + (1.0 - initial_fraction) * step / max(rise, 1)
+        return peak * jnp.where(step < rise, climb, fall)
 
     return schedule
 
@@ -155,57 +79,60 @@ def warmup_cosine(
 def _adamw(
     rate: optax.Schedule,
     weight_decay: Decay,
+    mask: Mask,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
     """AdamW, decay decoupled and times the rate (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
-    return optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
+    return optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
 
 
 def _sgd(
-    rate: optax.Schedule, weight_decay: Decay, momentum: float = 0.9
+    rate: optax.Schedule, weight_decay: Decay, mask: Mask, momentum: float = 0.9
 ) -> optax.GradientTransformation:
     """SGD with heavy-ball momentum and L2 decay added to the gradient, as torch's."""
     return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=decayed), optax.sgd(rate, momentum=momentum)
+        optax.add_decayed_weights(weight_decay, mask=mask), optax.sgd(rate, momentum=momentum)
     )
 
 
 def _lars(
     rate: optax.Schedule,
     weight_decay: Decay,
+    mask: Mask,
     momentum: float = 0.9,
     trust_coefficient: float = 0.001,
+    classic_momentum: bool = True,
 ) -> optax.GradientTransformation:
-    """LARS (You et al. 2017, arXiv:1708.03888), biases and norms by plain SGD as in SimCLR."""
-    return optax.lars(
-        rate,
-        weight_decay=weight_decay,
-        weight_decay_mask=decayed,
-        trust_coefficient=trust_coefficient,
-        trust_ratio_mask=decayed,
-        momentum=momentum,
+    """LARS (You et al. 2017, arXiv:1708.03888); what is not decayed learns by plain SGD."""
+    ratio = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
+    last = [optax.scale_by_learning_rate(rate), optax.trace(momentum)]
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=mask),
+        optax.masked(ratio, mask),
+        *(last if classic_momentum else reversed(last)),
     )
 
 
 def _lamb(
     rate: optax.Schedule,
     weight_decay: Decay,
+    mask: Mask,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
 ) -> optax.GradientTransformation:
-    """LAMB (You et al. 2020, arXiv:1904.00962), biases and norms by plain Adam.
+    """LAMB (You et al. 2020, arXiv:1904.00962); what is not decayed learns by plain Adam.
 
-    Paper: a trust ratio for every parameter; here: for the decayed ones only, because a
+    Paper: a trust ratio for every parameter; here: for the decayed ones alone, because a
     bias that starts at 0 could only grow by a factor of 1 + rate a step. So this is `optax.lamb`
     with its trust ratio masked, which it has no option for.
     """
     return optax.chain(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-        optax.add_decayed_weights(weight_decay, mask=decayed),
-        optax.masked(optax.scale_by_trust_ratio(), decayed),
+        optax.add_decayed_weights(weight_decay, mask=mask),
+        optax.masked(optax.scale_by_trust_ratio(), mask),
         optax.scale_by_learning_rate(rate),
     )
 
@@ -216,6 +143,43 @@ OPTIMISERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     'lars': _lars,
     'lamb': _lamb,
 }
+
+
+def _thaw(make: Callable[[int], optax.GradientTransformation], start: int) -> Any:
+    """An optimiser that neither moves parameters nor remembers gradients before step `start`.
+
+    Args:
+        make: number of the optimiser's first step -> an optimiser.
+        start: that number.
+    """
+    inner = make(start)
+
+    def init(params: Any) -> Any:
+        return jnp.zeros((), jnp.int32), inner.init(params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        step, before = state
+        moved, after = inner.update(updates, before, params)
+        moved = jax.tree.map(lambda u: jnp.where(step >= start, u, 0.0), moved)
+        after = jax.tree.map(lambda new, old: jnp.where(step >= start, new, old), after, before)
+        return moved, (step + 1, after)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _clip(norm: float, by: str) -> optax.GradientTransformation:
+    """Scales gradients down to a norm: of all of them, of each module or of each tensor."""
+
+    def one(gradients: Any) -> Any:
+        return optax.clip_by_global_norm(norm).update(gradients, optax.EmptyState())[0]
+
+    def clip(gradients: Any, params: Any) -> Any:
+        del params
+        if by == 'module':
+            return {name: one(module) for name, module in gradients.items()}
+        return one(gradients) if by == 'all' else jax.tree.map(one, gradients)
+
+    return optax.stateless(clip)
 
 
 def _one(
@@ -229,31 +193,51 @@ def _one(
     scaling: str,
     weight_decay: float,
     final_weight_decay: float | None,
+    decayed: Sequence[str],
     warmup: float,
+    initial_fraction: float,
     final_fraction: float,
-    **options: float,
+    frozen: float,
+    **options: Any,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimiser of parameters that share all of these: see `make`."""
     optimiser = choose('optimiser', name, OPTIMISERS, where)
-    own = list(inspect.signature(optimiser).parameters)[2:]
+    own = list(inspect.signature(optimiser).parameters)[3:]
     for key in options:
         if key not in own:
             settable = [*own, *SHARED, *(WHOLE if where == WHERE else ())]
             raise unknown(f'key for {name}', key, settable, where)
+    for kind in decayed:
+        choose('kind of parameter', kind, dict.fromkeys(KINDS), f'{where}.decayed')
     scale = choose('scaling', scaling, SCALINGS, where)
     numbers = {'learning_rate': learning_rate, 'weight_decay': weight_decay}
     if final_weight_decay is not None:
         numbers['final_weight_decay'] = final_weight_decay
-    shares = {'warmup': warmup, 'final_fraction': final_fraction}
+    shares = {'warmup': warmup, 'frozen': frozen}
+    shares |= {'initial_fraction': initial_fraction, 'final_fraction': final_fraction}
     for key, value in options.items():
-        (shares if key in SHARES else numbers)[key] = value
+        if not isinstance(value, bool):
+            (shares if key in SHARES else numbers)[key] = value
     check_range(where, numbers, least=0)
     check_range(where, shares, least=0, most=1)
-    schedule = warmup_cosine(learning_rate * scale(batch_size), total_steps, warmup, final_fraction)
+    schedule = warmup_cosine(
+        *(learning_rate * scale(batch_size), total_steps, warmup, final_fraction, initial_fraction)
+    )
     decay: Decay = weight_decay
     if final_weight_decay is not None:
         decay = cosine_between(weight_decay, final_weight_decay, total_steps)
-    return optimiser(schedule, decay, **options), schedule
+
+    def of_kind(params: Any) -> Any:
+        return of_kinds(params, decayed)
+
+    def start_at(first: int) -> optax.GradientTransformation:
+        def later(x: Any) -> Any:
+            return (lambda step: x(step + first)) if first and callable(x) else x
+
+        return optimiser(later(schedule), later(decay), of_kind, **options)
+
+    first = round(frozen * total_steps)
+    return (_thaw(start_at, first) if first else start_at(0)), schedule
 
 
 def make(
@@ -265,12 +249,18 @@ def make(
     scaling: str = 'linear',
     weight_decay: float = 0.0,
     final_weight_decay: float | None = None,
+    decayed: Sequence[str] = ('kernels', 'embeddings'),
     layer_decay: float = 1.0,
+    patch_embedding_rate: float = 1.0,
+    bias_rate: float = 1.0,
     warmup: float = 0.0,
+    initial_fraction: float = 0.0,
     final_fraction: float = 0.0,
+    frozen: float = 0.0,
     clip_norm: float = 0.0,
+    clip_by: str = 'all',
     modules: Mapping[str, Mapping[str, Any]] | None = None,
-    **options: float,
+    **options: Any,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """An optimiser whose learning rate warms up linearly and falls by a cosine.
 
@@ -283,20 +273,31 @@ def make(
         scaling: 'linear': the peak is learning_rate * batch_size / 256 (Goyal et al. 2017,
             arXiv:1706.02677); 'sqrt': learning_rate * √(batch_size / 1024) (DINOv2, Oquab et al.
             2024, arXiv:2304.07193).
-        weight_decay: at least 0; which parameters take it: `decayed`.
+        weight_decay: at least 0.
         final_weight_decay: at least 0; the weight decay goes there by half a cosine over
             total_steps (DINO: from 0.04 to 0.4). None: it is constant.
+        decayed: kinds of parameters that take weight decay and, with lars and lamb, a trust ratio:
+            'kernels', 'embeddings', 'positions', 'tokens', 'vectors' (see `parameters.kinds`).
         layer_decay: in [0, 1]; every layer below the top learns at this share of the rate of the
-            one above it, see `layer_factors`. 1: all alike.
+            one above it, see `parameters.rate_factors`. 1: all alike.
+        patch_embedding_rate, bias_rate: factors of the learning rate, at least 0, of the layer that
+            embeds patches and of biases, norms and other vectors.
         warmup: fraction of total_steps in [0, 1] (see `warmup_cosine`).
-        final_fraction: learning rate at the end over its peak, in [0, 1].
-        clip_norm: gradients are scaled down to this global norm before the optimiser; 0: never.
-        modules: name of a top-level module of the parameters -> what is different for it, so that
-            it has an optimiser of its own: {'critic': {'learning_rate': 2e-3, 'b1': 0.5}}. Every
-            key but layer_decay and clip_norm, which are of all modules together: the norm is that
-            of the whole gradient. With another `name`, `options` are not those of the others.
-        **options: adamw: b1, b2, eps; sgd: momentum; lars: momentum, trust_coefficient;
-            lamb: b1, b2, eps.
+        initial_fraction, final_fraction: learning rate at the start of the warm-up and at the end
+            over its peak, in [0, 1].
+        frozen: fraction of total_steps in [0, 1] in which nothing moves and no gradient enters the
+            optimiser's state. For `modules`: DINO's and SwAV's last layers.
+        clip_norm: gradients are scaled down to this norm before the optimiser; 0: never.
+        clip_by: whose norm: 'all' gradients', each top-level 'module' 's (DINOv2's code), each
+            'tensor' 's (DINO's).
+        modules: path of a module of the parameters ('critic', 'head/last') -> what is different for
+            it, so that it has an optimiser of its own: {'critic': {'learning_rate': 2e-3,
+            'b1': 0.5}}. Every key but those of all modules together: layer_decay,
+            patch_embedding_rate, bias_rate, clip_norm and clip_by. With another `name`, `options`
+            are not those of the others.
+        **options: adamw: b1, b2, eps; sgd: momentum; lars: momentum, trust_coefficient,
+            classic_momentum (True: the learning rate is within the momentum, as in SimCLR's code;
+            False: outside, as in torch); lamb: b1, b2, eps.
 
     Returns:
         The transformation, whose update needs the params, and the schedule: step -> learning rate,
@@ -311,15 +312,20 @@ def make(
         'config', {'total_steps': total_steps, 'batch_size': batch_size}, least=1, whole=True
     )
     check_range(WHERE, {'layer_decay': layer_decay}, least=0, most=1)
-    check_range(WHERE, {'clip_norm': clip_norm}, least=0)
+    factors = {'patch_embedding_rate': patch_embedding_rate, 'bias_rate': bias_rate}
+    check_range(WHERE, {'clip_norm': clip_norm, **factors}, least=0)
+    choose('norm', clip_by, dict.fromkeys(('all', 'module', 'tensor')), f'{WHERE}.clip_by')
     shared = {
         'name': name,
         'learning_rate': learning_rate,
         'scaling': scaling,
         'weight_decay': weight_decay,
         'final_weight_decay': final_weight_decay,
+        'decayed': tuple(decayed),
         'warmup': warmup,
+        'initial_fraction': initial_fraction,
         'final_fraction': final_fraction,
+        'frozen': frozen,
     }
     every: dict[str, Any] = shared | options
     transformation, schedule = _one(WHERE, total_steps, batch_size, **every)
@@ -330,16 +336,38 @@ def make(
             where = f'{WHERE}.modules.{module}'
             parts[module], _ = _one(where, total_steps, batch_size, **{**inherited, **changes})
         transformation = optax.partition(parts, lambda params: _owners(params, modules))
-    if layer_decay != 1:
-        transformation = optax.chain(transformation, _scale_layers(layer_decay))
+    chosen = (layer_decay, patch_embedding_rate, bias_rate)
+    if any(factor != 1 for factor in chosen):
+        transformation = optax.chain(transformation, _scale(*chosen))
     if clip_norm:
-        transformation = optax.chain(optax.clip_by_global_norm(clip_norm), transformation)
+        transformation = optax.chain(_clip(clip_norm, clip_by), transformation)
     return transformation, schedule
 
 
-def _owners(params: Mapping[str, Any], modules: Mapping[str, Any]) -> dict[str, str]:
-    """Top-level module -> the name of its optimiser in the partition."""
-    for module in modules:
-        if module not in params:
-            raise unknown('module', module, params, f'{WHERE}.modules')
-    return {module: module if module in modules else OTHERS for module in params}
+def _scale(*factors: float) -> optax.GradientTransformation:
+    """Multiplies every update, weight decay included, by its parameter's `rate_factors`."""
+
+    def scale(updates: Any, params: Any) -> Any:
+        del params
+        return jax.tree.map(lambda u, factor: u * factor, updates, rate_factors(updates, *factors))
+
+    return optax.stateless(scale)
+
+
+def _owners(params: Mapping[str, Any], modules: Mapping[str, Any]) -> Any:
+    """For each parameter the path of the innermost module that has it, or OTHERS."""
+    paths = {tuple(module.split('/')): module for module in modules}
+    within: set[tuple[str, ...]] = set()
+
+    def owner(path: tuple, _: Any) -> str:
+        parts = names(path)
+        outer = [parts[:i] for i in range(len(parts), 0, -1)]
+        within.update(outer)
+        return next((paths[part] for part in outer if part in paths), OTHERS)
+
+    labels = jax.tree_util.tree_map_with_path(owner, params)
+    for path, module in paths.items():
+        if path not in within:
+            beside = sorted('/'.join(w) for w in within if w[:-1] == path[:-1] or len(w) == 1)
+            raise unknown('module', module, beside, f'{WHERE}.modules')
+    return labels

@@ -19,6 +19,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # nothing beside or above it.
 FLOORS = (
     ('config', 'figures'),
+    ('parameters',),
     ('similarity', 'augment', 'data', 'optim', 'parallel', 'planning', 'recipes'),
     ('losses', 'inputs'),
     ('layers',),

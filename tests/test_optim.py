@@ -1,5 +1,6 @@
-"""Optimisers against float64 NumPy written from the papers; the schedule; who is decayed."""
+"""Optimisers against float64 NumPy written from the papers; schedules; kinds of parameters."""
 
+import pkgutil
 from functools import partial
 
 import jax
@@ -8,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from contrastive_jax import models, optim
+from contrastive_jax import models, optim, parameters
 from contrastive_jax.config import UserError
-from contrastive_jax.models import resnet, vit
+from contrastive_jax.models import resnet, transformer, vit
 from contrastive_jax.state import TrainState
 from contrastive_jax.workdir import checkpoint
 
@@ -163,6 +164,12 @@ def test_schedule_at_its_edges(warmup, final, wanted):
     np.testing.assert_allclose([schedule(s) for s in (0, 4, 8)], wanted, atol=1e-6)
 
 
+def test_a_warm_up_that_does_not_begin_at_zero():
+    """SwAV's rises from 0.3 to 4.8."""
+    schedule = optim.warmup_cosine(4.8, 8, warmup=0.5, initial_fraction=1 / 16)
+    np.testing.assert_allclose([schedule(s) for s in (0, 2, 4, 8)], [0.3, 2.55, 4.8, 0], atol=1e-6)
+
+
 def test_scaling_by_the_batch():
     for scaling, want in (('linear', 0.1 * 4096 / 256), ('sqrt', 0.1 * 2)):
         _, schedule = optim.make(
@@ -179,7 +186,7 @@ def test_weight_decays_schedule():
     np.testing.assert_allclose(jax.jit(schedule)(jnp.int32(25)), want, rtol=1e-5)
 
 
-def parameters(module, *shape: int, **inputs):
+def shapes_of(module, *shape: int, **inputs):
     start = partial(models.init, module)
     return jax.eval_shape(start, jax.random.key(0), jnp.zeros(shape), **inputs)[0]
 
@@ -188,9 +195,12 @@ def test_layer_factors_of_a_vit_and_a_resnet():
     small = vit.make(
         width=16, depth=11, heads=2, patch=4, position='learned', layer_scale=0.1, remat=True
     )
-    encoder = parameters(small, 1, 8, 8, 3, mask=jnp.zeros((1, 4), bool))
-    params = {'encoder': encoder, 'head': {'linear1': {'kernel': 0.0}, 'token': 0.0}, 'scale': 0.0}
-    factors = optim.layer_factors(params, 0.9)
+    encoder = shapes_of(small, 1, 8, 8, 3, mask=jnp.zeros((1, 4), bool))
+    params = {
+        'encoder': encoder,
+        'head': {'linear1': {'kernel': np.zeros(()), 'token': np.zeros(())}},
+    }
+    factors = parameters.rate_factors(params, 0.9)
     assert jax.tree.structure(factors) == jax.tree.structure(params)
     for path, factor in jax.tree_util.tree_leaves_with_path(factors):
         names = [entry.key for entry in path]
@@ -203,8 +213,8 @@ def test_layer_factors_of_a_vit_and_a_resnet():
             layer = 0
         np.testing.assert_allclose(factor, 0.9 ** (12 - layer), rtol=1e-12, err_msg=str(names))
 
-    params = parameters(resnet.make(widths=(8, 16), blocks=(2, 11), stem='cifar'), 1, 8, 8, 3)
-    factors = optim.layer_factors(params, 0.5)
+    params = shapes_of(resnet.make(widths=(8, 16), blocks=(2, 11), stem='cifar'), 1, 8, 8, 3)
+    factors = parameters.rate_factors(params, 0.5)
     assert set(jax.tree.leaves(factors['stem'])) == {0.5**14}
     assert set(jax.tree.leaves(factors['stem_norm'])) == {0.5**14}
     order = [f'stage1_block{i}' for i in range(2)] + [f'stage2_block{i}' for i in range(11)]
@@ -355,16 +365,185 @@ def test_a_module_that_is_not_there():
         assert part in str(error.value)
 
 
+TABLE = """
+cls_token                   tokens     0.125
+mask_token                  tokens     0.125
+register_tokens             tokens     0.125
+position_embedding          positions  0.125
+patch_embedding/kernel      kernels    0.025
+patch_embedding/bias        vectors    0.0125
+block0/attention/qkv/kernel kernels    0.25
+block0/attention/qkv/bias   vectors    0.125
+block0/norm1/scale          vectors    0.125
+block0/layer_scale1         vectors    0.125
+block1/mlp2/kernel          kernels    0.5
+norm/scale                  vectors    0.5
+head/last/kernel            kernels    1.0
+head/last/length            kernels    1.0
+logit_scale                 vectors    0.5
+"""
+
+
+def kinds_and_factors(params, **options):
+    """Name -> (kind, factor) of every parameter."""
+    kinds, factors = parameters.kinds(params), parameters.rate_factors(params, **options)
+    assert jax.tree.structure(kinds) == jax.tree.structure(factors) == jax.tree.structure(params)
+    return {
+        '/'.join(parameters.names(path)): (kind, factor)
+        for (path, kind), factor in zip(
+            jax.tree_util.tree_leaves_with_path(kinds), jax.tree.leaves(factors), strict=True
+        )
+    }
+
+
+def test_every_parameter_has_a_kind_and_a_factor():
+    small = vit.make(
+        width=16, depth=2, heads=2, patch=4, position='learned', layer_scale=0.1, registers=3
+    )
+    params = {
+        **shapes_of(small, 1, 8, 8, 3, mask=jnp.zeros((1, 4), bool)),
+        'head': {'last': {'kernel': jnp.zeros((4, 8)), 'length': jnp.ones((1, 8))}},
+        'logit_scale': jnp.zeros(()),
+    }
+    found = kinds_and_factors(params, layer_decay=0.5, patch_embedding=0.2, vectors=0.5)
+    for name, (kind, factor) in found.items():
+        print(f'{name:27} {kind:10} {factor:g}')
+    for line in TABLE.strip().splitlines():
+        name, kind, factor = line.split()
+        assert found[name] == (kind, pytest.approx(float(factor))), name
+
+
+@pytest.mark.parametrize('name', ['vit', 'resnet', 'transformer'])
+def test_kinds_of_every_model(name):
+    """Matrices are kernels or the texts' table; no other rule than the name says a token."""
+    image = jnp.zeros((1, 8, 8, 3))
+    made = {
+        'vit': lambda: shapes_of(
+            vit.make(width=16, depth=1, heads=2, patch=4, position='learned', pool='map'),
+            *image.shape, mask=jnp.zeros((1, 4), bool),
+        ),
+        'resnet': lambda: shapes_of(
+            resnet.make(widths=(8,), blocks=(1,), stem='cifar'), *image.shape
+        ),
+        'transformer': lambda: jax.eval_shape(
+            partial(models.init, transformer.make(vocabulary=11, length=5, width=8, depth=1,
+                                                  heads=2)),
+            jax.random.key(0), jnp.zeros((1, 5), jnp.int32),
+        )[0],
+    }  # fmt: skip
+    assert set(made) == {m.name for m in pkgutil.iter_modules(models.__path__)}
+    special = {
+        'token_embedding': 'embeddings',
+        'position_embedding': 'positions',
+        **dict.fromkeys(('cls_token', 'mask_token', 'register_tokens', 'probe'), 'tokens'),
+        'kernel': 'kernels',
+    }
+    for path, (kind, factor) in kinds_and_factors(made[name]()).items():
+        assert (kind, factor) == (special.get(path.split('/')[-1], 'vectors'), 1.0), path
+
+
 def test_who_is_decayed():
-    names = {k for k, v in optim.decayed(tree(0)).items() if v}
-    assert names == DECAYED
-    small = vit.make(width=16, depth=1, heads=2, patch=4, position='learned', layer_scale=0.1)
-    for params in (
-        parameters(small, 1, 8, 8, 3, mask=jnp.zeros((1, 4), bool)),
-        parameters(resnet.make(widths=(8,), blocks=(1,), stem='cifar'), 1, 8, 8, 3),
+    """By default what LARS' and AdamW's authors decay; everything, as torch does; DINO's choice."""
+    params = {**tree(0), 'token_embedding': np.ones((5, 3))}
+    for kinds, left in (
+        (('kernels', 'embeddings'), {'bias', 'cls_token', 'position_embedding', 'temperature'}),
+        (parameters.KINDS, set()),
+        (('kernels', 'positions', 'tokens'), {'bias', 'temperature', 'token_embedding'}),
     ):
-        for path, decays in jax.tree_util.tree_leaves_with_path(optim.decayed(params)):
-            assert decays == (path[-1].key == 'kernel'), path
+        tx, _ = optim.make(
+            name='adamw', learning_rate=1.0, total_steps=9, batch_size=256, weight_decay=0.1,
+            decayed=kinds,
+        )  # fmt: skip
+        params = jax.tree.map(jnp.float32, params)
+        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        still = {k for k, u in updates.items() if not jnp.any(u)}
+        assert still == left
+
+
+def test_lars_with_the_rate_outside_the_momentum():
+    """v ← m v + local·(g + λw), w ← w − rate·v: torch's order (BYOL, Barlow Twins, VICReg)."""
+    tx, _ = optim.make(name='lars', warmup=0.2, classic_momentum=False, **SHARED)
+    start, grads = tree(0), [tree(i + 1) for i in range(4)]
+    got = run(tx, start, grads)
+    for name, p in start.items():
+        v = 0.0
+        for step, g in enumerate(g[name] for g in grads):
+            local = 1.0
+            if name in DECAYED:
+                g = g + 0.2 * p
+                local = 0.001 * norm(p) / norm(g)
+            v = 0.9 * v + local * g
+            p = p - rate(step) * v
+        np.testing.assert_allclose(got[name], p, rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize('by', ['all', 'module', 'tensor'])
+def test_clipping_by(by):
+    """One norm of everything, one a module (DINOv2), one a tensor (DINO)."""
+    gradients = {'encoder': {'a': [3.0, 4.0], 'b': [0.3, 0.4]}, 'head': {'c': [12.0, 0.0]}}
+    gradients = jax.tree.map(jnp.asarray, gradients, is_leaf=lambda x: isinstance(x, list))
+    tx, _ = optim.make(
+        name='sgd', learning_rate=1.0, total_steps=9, batch_size=256, momentum=0.0, clip_norm=2.0,
+        clip_by=by,
+    )  # fmt: skip
+    updates, _ = tx.update(gradients, tx.init(gradients), gradients)
+    encoder = np.sqrt(25 + 0.25)
+    norms = {
+        'all': {'a': np.sqrt(encoder**2 + 144), 'b': np.sqrt(encoder**2 + 144)},
+        'module': {'a': encoder, 'b': encoder, 'c': 12.0},
+        'tensor': {'a': 5.0, 'b': 0.5, 'c': 12.0},
+    }[by]
+    norms.setdefault('c', norms['a'])
+    for name, g in {**gradients['encoder'], **gradients['head']}.items():
+        want = g * min(1.0, 2.0 / norms[name])
+        got = {**updates['encoder'], **updates['head']}[name]
+        np.testing.assert_allclose(got, -want, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'lars'])
+def test_a_frozen_module_begins_anew(name):
+    """As `p.grad = None` in torch: no motion, no decay, no moments; then the schedule's rate."""
+    module = {'frozen': 0.3, 'final_weight_decay': 0.9}
+    tx, _ = optim.make(name=name, warmup=0.2, modules={'critic': module}, **SHARED)
+    plain, _ = optim.make(name=name, warmup=0.2, final_weight_decay=0.9, **SHARED)
+    params = {'critic': jax.tree.map(jnp.float32, tree(0)), 'encoder': jnp.ones((2, 2))}
+    grads = [{'critic': tree(i + 1), 'encoder': np.ones((2, 2))} for i in range(5)]
+    still = run(tx, params, grads[:3])
+    jax.tree.map(np.testing.assert_array_equal, still['critic'], params['critic'])
+    assert not np.array_equal(still['encoder'], params['encoder'])
+
+    # The same as an optimiser whose memory is empty at step 3.
+    def at_step_3(state):
+        return jax.tree.map(lambda x: jnp.full_like(x, 3) if x.dtype == jnp.int32 else x, state)
+
+    if name == 'lars':  # Adam's own count, of its bias correction, begins at the thaw
+        state, critic = at_step_3(plain.init(params['critic'])), params['critic']
+        for g in grads[3:]:
+            updates, state = plain.update(jax.tree.map(jnp.float32, g['critic']), state, critic)
+            critic = optax.apply_updates(critic, updates)
+        got = run(tx, params, grads)['critic']
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, critic)
+        return
+    moved = run(tx, params, grads[:4])['critic']
+    for k, p in tree(0).items():
+        decays = decay(k, 3, 0.9)
+        want = p - rate(3) * (np.sign(grads[3]['critic'][k]) + decays * p)
+        np.testing.assert_allclose(moved[k], want, rtol=1e-4, atol=1e-5, err_msg=k)
+
+
+def test_a_module_within_another():
+    """The innermost path that has a parameter owns it."""
+    params = {'head': {'mlp': jnp.ones((2, 2)), 'last': {'kernel': jnp.ones((2, 2))}}}
+    rates = {'head': {'learning_rate': 2.0}, 'head/last': {'learning_rate': 3.0}}
+    tx, _ = optim.make(
+        name='sgd', learning_rate=1.0, total_steps=9, batch_size=256, momentum=0.0, modules=rates
+    )
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert float(updates['head']['mlp'][0, 0]) == -2.0
+    assert float(updates['head']['last']['kernel'][0, 0]) == -3.0
+    wrong, _ = optim.make(name='sgd', modules={'head/lost': {}}, **SHARED)
+    with pytest.raises(UserError, match=r"'head/lost'. Did you mean 'head/last'\?"):
+        wrong.init(params)
 
 
 def test_lamb_moves_biases_that_start_at_zero():
