@@ -97,6 +97,22 @@ def _sgd(
     )
 
 
+def _clipped_ratio(rate: optax.Schedule, coefficient: float) -> optax.GradientTransformation:
+    """LARS' trust ratio clipped as LARC does: with the rate it makes the smaller of the two."""
+
+    def one(u: jax.Array, w: jax.Array, now: jax.Array) -> jax.Array:
+        norms = jnp.linalg.norm(w.ravel()), jnp.linalg.norm(u.ravel())
+        ratio = coefficient * norms[0] / jnp.where(norms[1] == 0, 1.0, norms[1])
+        clipped = jnp.where(ratio < now, ratio / jnp.where(now == 0, 1.0, now), 1.0)
+        return u * jnp.where((norms[0] == 0) | (norms[1] == 0), 1.0, clipped)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        now = jnp.asarray(rate(state))
+        return jax.tree.map(lambda u, w: one(u, w, now), updates, params), state + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+
 def _lars(
     rate: optax.Schedule,
     weight_decay: Decay,
@@ -104,9 +120,12 @@ def _lars(
     momentum: float = 0.9,
     trust_coefficient: float = 0.001,
     classic_momentum: bool = True,
+    clip_ratio: bool = False,
 ) -> optax.GradientTransformation:
     """LARS (You et al. 2017, arXiv:1708.03888); what is not decayed learns by plain SGD."""
     ratio = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
+    if clip_ratio:
+        ratio = _clipped_ratio(rate, trust_coefficient)
     last = [optax.scale_by_learning_rate(rate), optax.trace(momentum)]
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=mask),
@@ -297,7 +316,8 @@ def make(
             are not those of the others.
         **options: adamw: b1, b2, eps; sgd: momentum; lars: momentum, trust_coefficient,
             classic_momentum (True: the learning rate is within the momentum, as in SimCLR's code;
-            False: outside, as in torch); lamb: b1, b2, eps.
+            False: outside, as in torch), clip_ratio (a tensor's rate is the smaller one of
+            learning rate and trust ratio, not their product: LARC, solo-learn); lamb: b1, b2, eps.
 
     Returns:
         The transformation, whose update needs the params, and the schedule: step -> learning rate,

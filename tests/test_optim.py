@@ -460,9 +460,15 @@ def test_who_is_decayed():
         assert still == left
 
 
-def test_lars_with_the_rate_outside_the_momentum():
-    """v ← m v + local·(g + λw), w ← w − rate·v: torch's order (BYOL, Barlow Twins, VICReg)."""
-    tx, _ = optim.make(name='lars', warmup=0.2, classic_momentum=False, **SHARED)
+@pytest.mark.parametrize('coefficient', [0.001, 0.5, 50.0])
+@pytest.mark.parametrize('clip', [False, True])
+def test_lars_as_in_torch(clip, coefficient):
+    """v ← m v + local·(g + λw), w ← w − rate·v (BYOL, Barlow Twins, VICReg); solo-learn's local
+    rate is min(coefficient·|w| / |g + λw|, rate) / rate."""
+    tx, _ = optim.make(
+        name='lars', warmup=0.2, classic_momentum=False, clip_ratio=clip,
+        trust_coefficient=coefficient, **SHARED,
+    )  # fmt: skip
     start, grads = tree(0), [tree(i + 1) for i in range(4)]
     got = run(tx, start, grads)
     for name, p in start.items():
@@ -471,10 +477,12 @@ def test_lars_with_the_rate_outside_the_momentum():
             local = 1.0
             if name in DECAYED:
                 g = g + 0.2 * p
-                local = 0.001 * norm(p) / norm(g)
+                local = coefficient * norm(p) / norm(g)
+                if clip:
+                    local = min(local, rate(step)) / rate(step) if step else 1.0
             v = 0.9 * v + local * g
             p = p - rate(step) * v
-        np.testing.assert_allclose(got[name], p, rtol=2e-5, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(got[name], p, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize('by', ['all', 'module', 'tensor'])
