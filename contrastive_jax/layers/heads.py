@@ -30,6 +30,7 @@ class MLP(nn.Module):
         last_scale: whether that last BatchNorm has its scale; MoCo v3's and SimSiam's have none.
         last_bias: whether the last Linear has a bias, if no BatchNorm follows it.
         activation: 'relu' or 'gelu' (DINO).
+        kernel_init: of every Linear.
 
     Raises:
         UserError: (when called) a number below 1.
@@ -43,6 +44,7 @@ class MLP(nn.Module):
     last_scale: bool = True
     last_bias: bool = True
     activation: str = 'relu'
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -54,7 +56,8 @@ class MLP(nn.Module):
             last = i == self.layers
             norm = self.last_batch_norm if last else self.batch_norm
             bias = not norm and (self.last_bias or not last)
-            x = nn.Dense(self.out if last else self.hidden, use_bias=bias, name=f'linear{i}')(x)
+            out = self.out if last else self.hidden
+            x = nn.Dense(out, bias, kernel_init=self.kernel_init, name=f'linear{i}')(x)
             if norm:
                 x = nn.BatchNorm(
                     use_running_average=not train,
@@ -88,25 +91,36 @@ class Classifier(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """Cosines to K learned directions: SwAV's prototypes (Caron et al. 2020, section 3.1) and the
-    last layer of DINO's head, whose weight norm has its length fixed at 1 (Caron et al. 2021).
+    """Scores with K learned directions: SwAV's prototypes (Caron et al. 2020, section 3.1) and the
+    last layer of DINO's head, a weight norm (Caron et al. 2021, section 3.1).
 
     Attributes:
         count: K.
+        learn_length: whether each direction has a length that is learned, from 1. Without one
+            scores are cosines.
+        kernel_init: of the directions, whose length matters to the optimiser alone.
     """
 
     count: int
+    learn_length: bool = False
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()  # of length 1
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """[B, D] -> [B, K], float32, in [-1, 1]."""
+        """[B, D] -> [B, K], float32."""
         del train
-        kernel = self.param('kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.count))
-        return unit(x) @ unit(kernel.T).T
+        kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.count))
+        scores = unit(x) @ unit(kernel.T).T
+        if self.learn_length:
+            scores = scores * self.param('length', nn.initializers.ones, (1, self.count))
+        return scores
 
 
 class DINOHead(nn.Module):
     """DINO's projection head (Caron et al. 2021, arXiv:2104.14294, section 3.1 and appendix C).
+
+    Initialised as in the authors' code: the MLP from a normal distribution of std 0.02 (there cut
+    off at 100 of these), the last layer as PyTorch's Linear, uniform within ±1/√bottleneck.
 
     Attributes:
         prototypes: K, dimensions that the softmax is over.
@@ -114,6 +128,7 @@ class DINOHead(nn.Module):
         bottleneck: dimensions in which the prototypes lie.
         layers: of the MLP.
         batch_norm: in the MLP; the authors use it with convolutional encoders' SGD recipes alone.
+        learn_length: of the prototypes, see `Prototypes`.
     """
 
     prototypes: int
@@ -121,16 +136,24 @@ class DINOHead(nn.Module):
     bottleneck: int = 256
     layers: int = 3
     batch_norm: bool = False
+    learn_length: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """[B, D] -> [B, K], float32, in [-1, 1]."""
+        """[B, D] -> [B, K], float32."""
         mlp = MLP(
             self.hidden,
             self.bottleneck,
             layers=self.layers,
             batch_norm=self.batch_norm,
             activation='gelu',
+            kernel_init=nn.initializers.normal(0.02),
             name='mlp',
         )
-        return Prototypes(self.prototypes, name='last')(mlp(x, train), train)
+        last = Prototypes(
+            self.prototypes,
+            self.learn_length,
+            nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'),
+            name='last',
+        )
+        return last(mlp(x, train), train)

@@ -192,6 +192,39 @@ def teacher(logits: jax.Array, centre_K: jax.Array, temperature: float | jax.Arr
     return lax.stop_gradient(jax.nn.softmax(centred / temperature, axis=-1))
 
 
+def target_entropies(targets: jax.Array) -> dict[str, jax.Array]:
+    """The two entropies, in nats, that say whether a teacher's targets collapse.
+
+    Args:
+        targets: distributions over prototypes, [..., K]; the mean is over all rows.
+
+    Returns:
+        float32 scalars from 0 to log K without a gradient: 'target_entropy', the mean of the rows'
+        entropies, log K where all targets are uniform; 'target_mean_entropy', the entropy of the
+        rows' mean, which is no smaller, 0 where all targets are on one and the same prototype.
+
+    Raises:
+        ValueError: an array of less than two dimensions.
+
+    Source: DINO (Caron et al. 2021, section 5.3) measures the first, and its gap to the second.
+
+    >>> {k: f'{v:.4f}' for k, v in target_entropies(jnp.eye(2)).items()}
+    {'target_entropy': '0.0000', 'target_mean_entropy': '0.6931'}
+    """
+    if targets.ndim < 2:
+        raise ValueError(f'target_entropies: expected targets [..., K], got {targets.shape}')
+    targets = lax.stop_gradient(targets).astype(jnp.float32)
+
+    def entropy(p: jax.Array) -> jax.Array:
+        return -jnp.sum(jax.scipy.special.xlogy(p, p), axis=-1)
+
+    rows = tuple(range(targets.ndim - 1))
+    return {
+        'target_entropy': jnp.mean(entropy(targets)),
+        'target_mean_entropy': entropy(jnp.mean(targets, axis=rows)),
+    }
+
+
 def masked(
     targets_RK: jax.Array,
     logits_RK: jax.Array,

@@ -42,6 +42,7 @@ class ViT(nn.Module):
     remat: bool
     dtype: jnp.dtype
     drop_path: float = 0.0
+    drop_path_uniform: bool = False
     layer_scale: float | None = None
     freeze_patch_embedding: bool = False
     activation: str = 'gelu_tanh'
@@ -95,7 +96,8 @@ class ViT(nn.Module):
         block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
         blocks: list[jax.Array] = []
         weights = None
-        for i, drop in enumerate(np.linspace(0.0, self.drop_path, self.depth).tolist()):
+        first_drop = self.drop_path if self.drop_path_uniform else 0.0
+        for i, drop in enumerate(np.linspace(first_drop, self.drop_path, self.depth).tolist()):
             x, weights = block(
                 self.heads,
                 self.hidden,
@@ -205,6 +207,7 @@ def make(
     position: str = 'sincos2d',
     mlp_ratio: float = 4.0,
     drop_path: float = 0.0,
+    drop_path_uniform: bool = False,
     layer_scale: float | None = None,
     freeze_patch_embedding: bool = False,
     activation: str = 'gelu_tanh',
@@ -249,6 +252,7 @@ def make(
             it does not skip is scaled so that the expectation is the same; linear from 0 at the
             first block. Only with a key for `models.apply`: without one nothing is skipped, as
             DINO's teacher skips nothing.
+        drop_path_uniform: the same probability in every block instead (DINOv2's code).
         layer_scale: initial value, above 0, of a learned factor for each channel of each branch
             (CaiT, Touvron et al. 2021, arXiv:2103.17239, eq. 3: 0.1 to 1e-6); None: no such factor.
         freeze_patch_embedding: the patch projection stays as it was initialised, which keeps ViTs
@@ -309,6 +313,7 @@ def make(
         remat=remat,
         dtype=choose('dtype', dtype, DTYPES, where),
         drop_path=drop_path,
+        drop_path_uniform=drop_path_uniform,
         layer_scale=layer_scale,
         freeze_patch_embedding=freeze_patch_embedding,
         activation=activation,

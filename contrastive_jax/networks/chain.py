@@ -70,7 +70,14 @@ class Chain:
         (x_BD, named), encoder_stats = models.apply(
             self.encoder, params['encoder'], stats['encoder'], images_BHWC, train, key=key, **inputs
         )
-        outputs, new = {'encoder': x_BD, 'named': named}, {'encoder': encoder_stats}
+        outputs, new = self.top(params, stats, x_BD, train)
+        return {**outputs, 'encoder': x_BD, 'named': named}, {**new, 'encoder': encoder_stats}
+
+    def top(
+        self, params: Tree, stats: Tree, x_BD: jax.Array, train: bool = True
+    ) -> tuple[dict[str, jax.Array], Tree]:
+        """The outputs of the heads that params hold, on an encoder's, and their averages."""
+        outputs, new = {}, {}
         for name, head in self.heads.items():
             if name in params:
                 x_BD, new[name] = models.apply(head, params[name], stats[name], x_BD, train)
@@ -133,19 +140,19 @@ def join_crops(
         **inputs: the encoder's, with the global views alone.
 
     Returns:
-        Outputs [B, V + L, ...] of encoder and heads; 'named' is the global views' alone. BatchNorm
-        sees each size of crop by itself.
+        Outputs [B, V + L, ...] of encoder and heads; 'named' is the global views' alone. The
+        encoder's BatchNorm sees each size of crop by itself, that of the heads all crops together,
+        as in the code of SwAV and DINO.
     """
     check_views(method, batch['views'], 2)
     keys = jax.random.split(key)
-    out, stats = network.views(params, stats, batch['views'], key=keys[0], **inputs)
+    encoder = {'encoder': params['encoder']}
+    out, new = network.views(encoder, stats, batch['views'], key=keys[0], **inputs)
     if 'local_views' in batch:
-        local, stats = network.views(params, stats, batch['local_views'], key=keys[1])
-        for name in out.keys() - {'named'}:
-            out[name] = jnp.concatenate([out[name], local[name]], axis=1)
-    return out, stats
-
-
-def hold(tree: Tree, when: jax.Array) -> Tree:
-    """The same values, without a gradient where `when` holds."""
-    return jax.tree.map(lambda x: jnp.where(when, jax.lax.stop_gradient(x), x), tree)
+        local, new = network.views(encoder, new, batch['local_views'], key=keys[1])
+        out['encoder'] = jnp.concatenate([out['encoder'], local['encoder']], axis=1)
+    V = out['encoder'].shape[1]
+    flat = rearrange(out['encoder'], 'b v d -> (b v) d')
+    heads, of_heads = network.top(params, stats, flat)
+    heads = {name: rearrange(x, '(b v) k -> b v k', v=V) for name, x in heads.items()}
+    return {**out, **heads}, {**new, **of_heads}
