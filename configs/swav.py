@@ -12,28 +12,30 @@ from contrastive_jax.config import Config
 
 def digits(c: Config) -> None:
     recipes.digits(c)
-    c.method = {
-        'name': 'swav',
-        'prototypes': 100,
-        'queue': 512,
-        'queue_from': 0.1,
-        'frozen': 0.02,
-        'hidden': 256,
-        'projection': 64,
-    }
+    c.method = {'name': 'swav', 'prototypes': 100, 'hidden': 256, 'projection': 64}
+    c.method.update({'queue': 512, 'queue_from': 0.1})
+    recipes.freeze(c, 0.02, 'prototypes')
 
 
 def cifar10_small(c: Config) -> None:
     recipes.cifar10_small(c, steps=1200)
     c.optim.learning_rate = 4e-3
-    c.method = {'name': 'swav', 'prototypes': 128, 'queue': 0, 'frozen': 0.02, 'hidden': 512}
+    c.method = {'name': 'swav', 'prototypes': 128, 'hidden': 512}
+    recipes.freeze(c, 0.02, 'prototypes')
 
 
 def cifar10(c: Config) -> None:
-    """solo-learn's CIFAR-10 recipe."""
+    """solo-learn's CIFAR-10 recipe.
+
+    There a queue of zeros fills from the first step on and counts from epoch 50 on; here it fills
+    from then on, as in the authors' code. There the prototypes' lengths are learned.
+    """
     recipes.cifar10(c, epochs=1000.0, batch=256)
-    c.method = {'name': 'swav', 'queue': 3840, 'queue_from': 0.015}
+    c.inputs.augment.jitter = recipes.JITTER
+    c.inputs.augment.blur = {'prob': 0.5, 'sigma': (0.1, 2.0)}
+    c.method = {'name': 'swav', 'queue': 3840, 'queue_from': 50 / 1000}
     recipes.solo_lars(c, 0.6, 1e-6)
+    recipes.freeze(c, 2 / 1000, 'prototypes')
 
 
 def imagenet(c: Config) -> None:
@@ -41,23 +43,29 @@ def imagenet(c: Config) -> None:
     recipes.imagenet(c, epochs=800.0, batch=4096)
     recipes.multi_crop(c, scale=0.14, local=6, size=96)
     c.inputs.std = (0.228, 0.224, 0.225)  # the authors'
-    c.method = {'name': 'swav', 'frozen': 1 / 800}
-    # 4.8 for a batch of 4096, and a thousandth of it at the end
+    c.model.zero_init_last = False
+    c.method = {'name': 'swav'}
+    # From 0.3 to 4.8 for a batch of 4096, and a thousandth of it at the end. LARC: every parameter.
     c.optim = {
         'name': 'lars',
         'learning_rate': 0.3,
         'weight_decay': 1e-6,
+        'decayed': ('kernels', 'vectors'),
         'warmup': 10 / 800,
+        'initial_fraction': 0.3 / 4.8,
         'final_fraction': 0.001,
+        'classic_momentum': False,
     }
+    recipes.freeze(c, 1 / 800, 'prototypes')
 
 
 def imagenet_256(c: Config) -> None:
     """Batches of 256, with a queue (scripts/swav_400ep_bs256_pretrain.sh)."""
     imagenet(c)
     c.total_epochs, c.batch_size = 400.0, 256
-    c.method.update({'queue': 3840, 'queue_from': 15 / 400, 'frozen': 1 / 400})
+    c.method.update({'queue': 3840, 'queue_from': 15 / 400})
     c.optim.update({'learning_rate': 0.6, 'warmup': 0.0})
+    recipes.freeze(c, 1 / 400, 'prototypes')
 
 
 def folder(c: Config) -> None:

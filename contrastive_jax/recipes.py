@@ -188,10 +188,22 @@ def moco_v2(c: Config) -> None:
     c.inputs.crop.scale = (0.2, 1.0)
 
 
-def multi_crop(c: Config, scale: float, local: int, size: int) -> None:
+def multi_crop(c: Config, scale: float, local: int, size: int, least: float = 0.05) -> None:
     """Two global views that show more than a share `scale`, and `local` small ones of less."""
     c.inputs.crop.scale = (scale, 1.0)
-    c.inputs.local_views, c.inputs.local_size, c.inputs.local_scale = local, size, (0.05, scale)
+    c.inputs.local_views, c.inputs.local_size, c.inputs.local_scale = local, size, (least, scale)
+
+
+def dino_views(c: Config, scale: float) -> None:
+    """BYOL's pair and eight local views of 96 pixels, which are blurred half of the time."""
+    asymmetric(c)
+    c.inputs.augment.blur.prob, c.inputs.augment.solarize.prob = (1.0, 0.1, 0.5), (0.0, 0.2, 0.0)
+    multi_crop(c, scale=scale, local=8, size=96)
+
+
+def freeze(c: Config, share: float, *modules: str) -> None:
+    """Modules, by their paths, that begin to learn after a share of the run."""
+    c.optim.modules = {module: {'frozen': share} for module in modules}
 
 
 def folder(c: Config, batch: int = 256) -> None:

@@ -223,7 +223,8 @@ def options_of(name):
             ('temperature', 0.0, 'above 0'),
             ('teacher_temperature', (0.0, 0.1), 'above 0'),
             ('momentum', 1.5, 'from 0 to 1'),
-            ('frozen', -0.1, 'from 0 to 1'),
+            ('centre_momentum', -0.1, 'from 0 to 1'),
+            ('queue_from', 1.1, 'from 0 to 1'),
             ('queue', 0.5, 'a whole number of at least'),
         )
         for name in NAMES

@@ -14,6 +14,7 @@ from contrastive_jax.losses.distillation import (
     masked,
     sinkhorn,
     swapped,
+    target_entropies,
     teacher,
 )
 from contrastive_jax.losses.metric import max_margin, n_pair, triplet
@@ -37,6 +38,7 @@ __all__ = [
     'sinkhorn',
     'sup_con',
     'swapped',
+    'target_entropies',
     'teacher',
     'triplet',
     'unit',

@@ -139,7 +139,12 @@ def swapped(
     return -jnp.sum(jnp.where(other_GV, jnp.sum(pairs_BGV, axis=0), 0.0)) / (B * G * (V - 1))
 
 
-def centre(teacher_logits: jax.Array, centre_K: jax.Array, momentum: float) -> jax.Array:
+def centre(
+    teacher_logits: jax.Array,
+    centre_K: jax.Array,
+    momentum: float,
+    weights: jax.Array | None = None,
+) -> jax.Array:
     """The next running mean of a teacher's outputs (DINO, Caron et al. 2021, eq. 4).
 
     `m·c + (1 − m)·mean`, the mean over all rows of the global batch.
@@ -148,6 +153,8 @@ def centre(teacher_logits: jax.Array, centre_K: jax.Array, momentum: float) -> j
         teacher_logits: [..., K], e.g. [B, G, K] or [R, K].
         centre_K: c.
         momentum: m, from 0 to 1 (DINO: 0.9).
+        weights: [...] at least 0, of the rows in the mean; where all are 0 the centre stays. None:
+            all count alike.
 
     Returns:
         float32 [K]; no gradient.
@@ -162,7 +169,17 @@ def centre(teacher_logits: jax.Array, centre_K: jax.Array, momentum: float) -> j
     if isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
         raise ValueError(f'centre: momentum must be from 0 to 1, got {momentum}')
     logits, centre_K = (x.astype(jnp.float32) for x in (teacher_logits, centre_K))
-    mean_K = jnp.mean(logits, axis=tuple(range(logits.ndim - 1)))
+    rows = tuple(range(logits.ndim - 1))
+    if weights is None:
+        mean_K = jnp.mean(logits, axis=rows)
+    elif weights.shape != logits.shape[:-1]:
+        raise ValueError(
+            f'centre: expected weights {logits.shape[:-1]}, one a row, got {weights.shape}'
+        )
+    else:
+        total = jnp.sum(weights)
+        mean_K = jnp.sum(weights[..., None] * logits, axis=rows) / jnp.where(total > 0, total, 1.0)
+        mean_K = jnp.where(total > 0, mean_K, centre_K)
     return lax.stop_gradient(momentum * centre_K + (1 - momentum) * mean_K)
 
 

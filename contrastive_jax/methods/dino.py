@@ -2,7 +2,8 @@
 
 A student predicts, from every crop, what a slowly moving teacher says of the two global ones. The
 teacher's outputs are centred, which alone would spread them evenly, and sharpened, which alone
-would put all on one output. Evaluators see the teacher.
+would put all on one output. Evaluators see the teacher. The authors let the head's last layer,
+'head/last', learn from the second epoch on: `config.optim.modules`.
 """
 
 import jax
@@ -12,7 +13,7 @@ from contrastive_jax import losses, models
 from contrastive_jax.config import check_range
 from contrastive_jax.layers.heads import DINOHead
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Chain, hold, join_crops
+from contrastive_jax.networks.chain import Chain, join_crops
 from contrastive_jax.networks.target import Target, momentum_to_one, ramp
 
 
@@ -24,13 +25,15 @@ def make(
     sharpen: float = 0.1,
     momentum: float = 0.996,
     centre_momentum: float = 0.9,
-    frozen: float = 0.01,
     prototypes: int = 65536,
     hidden: int = 2048,
     bottleneck: int = 256,
     batch_norm: bool = False,
+    learn_length: bool = False,
 ) -> Method:
     """DINO around an encoder, for two views and any number of local ones.
+
+    Authors' code: τ_t rises once an epoch; here: every step, because a run may have no epochs.
 
     Args:
         model: the encoder.
@@ -39,18 +42,21 @@ def make(
         sharpen: share of the run in which τ_t rises linearly.
         momentum: of the teacher at the start, from 0 to 1; it rises to 1 by a cosine.
         centre_momentum: of the centre, from 0 to 1.
-        frozen: share of the run in which the head's last layer does not learn (1 epoch).
         prototypes: K, the head's outputs.
         hidden: width of the head's hidden layers.
         bottleneck: dimensions in front of the last layer.
         batch_norm: in the head.
+        learn_length: of the prototypes (the authors' `norm_last_layer` is its opposite): better
+            with ViT-S, unstable with larger encoders.
     """
     temperatures = {'temperature': temperature, 'teacher_temperature': min(teacher_temperature)}
-    shares = {'sharpen': sharpen, 'frozen': frozen}
-    shares |= {'momentum': momentum, 'centre_momentum': centre_momentum}
+    shares = {'sharpen': sharpen, 'momentum': momentum, 'centre_momentum': centre_momentum}
     check_range('config.method', temperatures, above=0, who='dino')
     check_range('config.method', shares, least=0, most=1, who='dino')
-    network = Chain(model, head=DINOHead(prototypes, hidden, bottleneck, batch_norm=batch_norm))
+    head = DINOHead(
+        prototypes, hidden, bottleneck, batch_norm=batch_norm, learn_length=learn_length
+    )
+    network = Chain(model, head=head)
     target = Target(network, ('encoder', 'head'), momentum_to_one(momentum))
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
@@ -60,17 +66,13 @@ def make(
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, Aux]:
-        last = hold(params['head']['last'], progress < frozen)
-        params = {**params, 'head': {**params['head'], 'last': last}}
         out, stats = join_crops('dino', network, params, extra['stats'], batch, key)
         taught, target_state = target.views(extra['target'], batch['views'])
         tau = ramp(progress, *teacher_temperature, share=sharpen)
         targets_BGK = losses.teacher(taught['head'], extra['centre'], tau)
         value = losses.swapped(targets_BGK, out['head'], temperature=temperature)
-        # The two ways to collapse: an entropy of log K (evenly spread) or of 0 (one output).
-        entropy = -jnp.mean(jnp.sum(jax.scipy.special.xlogy(targets_BGK, targets_BGK), axis=-1))
         metrics = {
-            'teacher_entropy': entropy,
+            **losses.target_entropies(targets_BGK),
             'output_std': losses.output_std(out['encoder'][:, 0]),
         }
         extra = {**extra, 'stats': stats, 'target': target_state}

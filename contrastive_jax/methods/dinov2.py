@@ -1,8 +1,9 @@
 """DINOv2 (Oquab et al. 2023, https://arxiv.org/abs/2304.07193, section 4).
 
 DINO on the CLS token, iBOT on masked patches (Zhou et al. 2022, https://arxiv.org/abs/2111.07832)
-with a head of its own, and KoLeo, which keeps CLS tokens apart. Sinkhorn's iterations take the
-place of DINO's centre. Layer-wise learning rates and stochastic depth are in the config.
+and KoLeo, which keeps CLS tokens apart. The paper's own recipe has Sinkhorn's iterations in the
+place of DINO's centre and a head of the patches' own, the authors' short ImageNet recipe neither.
+Layer-wise learning rates, stochastic depth and how long last layers are frozen are in the config.
 """
 
 import math
@@ -13,11 +14,13 @@ from einops import rearrange
 
 from contrastive_jax import losses, models
 from contrastive_jax.augment.masking import block_mask
-from contrastive_jax.config import UserError, check_range
+from contrastive_jax.config import UserError, check_range, choose
 from contrastive_jax.layers.heads import DINOHead
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Chain, hold, join_crops
+from contrastive_jax.networks.chain import Chain, join_crops
 from contrastive_jax.networks.target import Target, momentum_to_one, ramp
+
+CENTRING = ('sinkhorn', 'centre')
 
 
 def make(
@@ -27,7 +30,9 @@ def make(
     teacher_temperature: tuple[float, float] = (0.04, 0.07),
     sharpen: float = 0.3,
     momentum: float = 0.992,
-    frozen: float = 0.01,
+    centring: str = 'sinkhorn',
+    centre_momentum: float = 0.9,
+    shared_head: bool = False,
     koleo: float = 0.1,
     patches: float = 1.0,
     mask_prob: float = 0.5,
@@ -35,11 +40,13 @@ def make(
     prototypes: int = 65536,
     hidden: int = 2048,
     bottleneck: int = 256,
+    patch_bottleneck: int | None = None,
 ) -> Method:
     """DINOv2 around a ViT that has a CLS token.
 
     Paper: exactly half of the images are masked; here: each with probability `mask_prob`, because
-    images then need not move between devices. KoLeo is over the global batch, not a device's.
+    images then need not move between devices. KoLeo and the masked patches' mean are over the
+    global batch, not a device's. Weight norm's lengths are learned, as in the authors' code.
 
     Args:
         model: the encoder; takes `mask` and returns 'cls' and 'patches'.
@@ -47,23 +54,39 @@ def make(
         teacher_temperature: τ_t of the teacher, > 0: at the start, and after `sharpen`.
         sharpen: share of the run in which τ_t rises linearly.
         momentum: of the teacher at the start, from 0 to 1; it rises to 1 by a cosine.
-        frozen: share of the run in which the heads' last layers do not learn.
+        centring: of the teacher's outputs: 'sinkhorn', over CLS tokens and over masked patches; or
+            'centre', a running mean of each of the two, subtracted as in DINO.
+        centre_momentum: of these means, from 0 to 1.
+        shared_head: patches go through the head of CLS, 'head', not through one of their own,
+            'patch_head'.
         koleo, patches: weights of KoLeo and of the masked patches' loss, at least 0.
         mask_prob: probability that a global view is masked.
         mask_ratio: smallest and largest share of its patches that are.
         prototypes: K, outputs of each head.
         hidden: width of the heads' hidden layers.
         bottleneck: dimensions in front of the last layers.
+        patch_bottleneck: those of the patches' own head, if they are others.
     """
     temperatures = {'temperature': temperature, 'teacher_temperature': min(teacher_temperature)}
-    shares = {'sharpen': sharpen, 'frozen': frozen, 'momentum': momentum, 'mask_prob': mask_prob}
+    shares = {'sharpen': sharpen, 'mask_prob': mask_prob}
+    shares |= {'momentum': momentum, 'centre_momentum': centre_momentum}
     weights = {'koleo': koleo, 'patches': patches}
     check_range('config.method', temperatures, above=0, who='dinov2')
     check_range('config.method', shares, least=0, most=1, who='dinov2')
     check_range('config.method', weights, least=0, who='dinov2')
-    network = Chain(model, head=DINOHead(prototypes, hidden, bottleneck))
-    patch_head = DINOHead(prototypes, hidden, bottleneck)
-    target = Target(network, ('encoder', 'head', 'patch_head'), momentum_to_one(momentum))
+    choose('centring', centring, dict.fromkeys(CENTRING), 'config.method')
+    if shared_head and patch_bottleneck is not None:
+        raise UserError(
+            f'config.method.patch_bottleneck: got {patch_bottleneck}; with shared_head patches '
+            'have no head of their own.'
+        )
+    head = DINOHead(prototypes, hidden, bottleneck, learn_length=True)
+    own = bottleneck if patch_bottleneck is None else patch_bottleneck
+    patch_head = head if shared_head else head.clone(bottleneck=own)
+    of_patches = 'head' if shared_head else 'patch_head'
+    network = Chain(model, head=head)
+    modules = dict.fromkeys(('encoder', 'head', of_patches))
+    target = Target(network, tuple(modules), momentum_to_one(momentum))
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         del records
@@ -72,11 +95,15 @@ def make(
         # A mask at the start makes the encoder's mask token.
         mask = jnp.zeros((len(images), _patches(images)), bool)
         params, stats = network.init(key, images, mask=mask)
-        named = network.features(params, stats, images)
-        params['patch_head'], stats['patch_head'] = models.init(
-            patch_head, head_key, named['patches'][:, 0]
-        )
-        return params, {'stats': stats, 'target': target.copy(params, stats)}
+        if not shared_head:
+            named = network.features(params, stats, images)
+            params['patch_head'], stats['patch_head'] = models.init(
+                patch_head, head_key, named['patches'][:, 0]
+            )
+        extra = {'stats': stats, 'target': target.copy(params, stats)}
+        if centring == 'centre':
+            extra |= {'centre': jnp.zeros(prototypes), 'patch_centre': jnp.zeros(prototypes)}
+        return params, extra
 
     def _patches(images: jax.Array) -> int:
         def run(images: jax.Array) -> dict[str, jax.Array]:
@@ -91,6 +118,13 @@ def make(
             )
         return named['patches'].shape[1]
 
+    def targets(scores: jax.Array, centre_K: Tree, tau: jax.Array, weights_R: Tree = None):
+        if centre_K is not None:
+            return losses.teacher(scores, centre_K, tau)
+        flat_RK = scores.reshape(-1, prototypes)
+        found_RK = losses.sinkhorn(flat_RK, temperature=tau, weights_B=weights_R)
+        return found_RK.reshape(scores.shape)
+
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, Aux]:
@@ -100,15 +134,11 @@ def make(
         N = _patches(views[:1, 0])
         side = math.isqrt(N)
         mask_RN = block_mask(mask_key, B * V, side, N // side, ratio=mask_ratio, prob=mask_prob)
-        for name in ('head', 'patch_head'):
-            last = hold(params[name]['last'], progress < frozen)
-            params = {**params, name: {**params[name], 'last': last}}
 
         out, stats = join_crops('dinov2', network, params, extra['stats'], batch, key, mask=mask_RN)
         taught, target_state = target.views(extra['target'], views)
         tau = ramp(progress, *teacher_temperature, share=sharpen)
-        flat_RK = rearrange(taught['head'], 'b v k -> (b v) k')
-        targets_BVK = losses.sinkhorn(flat_RK, temperature=tau).reshape(taught['head'].shape)
+        targets_BVK = targets(taught['head'], extra.get('centre'), tau)
         value = cls = losses.swapped(targets_BVK, out['head'], temperature=temperature)
 
         # Only as many patches of a view as can be masked go through the head.
@@ -120,16 +150,14 @@ def make(
             patches_RND = rearrange(named['patches'], 'b v n d -> (b v) n d')
             chosen = jnp.take_along_axis(patches_RND, place_RM[..., None], axis=1)
             x = rearrange(chosen, 'r m d -> (r m) d')
-            return models.apply(
-                patch_head, params['patch_head'], stats['patch_head'], x, train=True
-            )
+            return models.apply(patch_head, params[of_patches], stats[of_patches], x, train=True)
 
-        student, stats['patch_head'] = through(params, extra['stats'], out['named'])
-        teacher, target_state['stats']['patch_head'] = through(
+        student, stats[of_patches] = through(params, extra['stats'], out['named'])
+        teacher, target_state['stats'][of_patches] = through(
             target_state['params'], extra['target']['stats'], taught['named']
         )
         counts = counts_RM.reshape(-1).astype(jnp.float32)
-        assigned = losses.sinkhorn(teacher, temperature=tau, weights_B=counts)
+        assigned = targets(teacher, extra.get('patch_centre'), tau, counts)
         weights_RM = counts_RM / (jnp.maximum(counts_RM.sum(1, keepdims=True), 1) * (B * V))
         ibot = losses.masked(assigned, student, weights_RM.reshape(-1), temperature=temperature)
         value += patches * ibot
@@ -142,8 +170,28 @@ def make(
             'cls': cls,
             'patches': ibot,
             'koleo': apart,
+            **losses.target_entropies(targets_BVK),
             'output_std': losses.output_std(cls_BVD[:, 0]),
         }
-        return value, Aux({'stats': stats, 'target': target_state}, metrics)
+        total = jnp.where(counts[:, None] > 0, teacher, 0.0).sum(0)
+        measured = {
+            'teacher': taught['head'].mean((0, 1))[None],
+            'masked': (total / jnp.maximum(counts.sum(), 1))[None],
+            'count': counts.sum()[None],
+        }
+        extra = {**extra, 'stats': stats, 'target': target_state}
+        return value, Aux(extra, metrics, measured if centring == 'centre' else None)
 
-    return Method(init, loss, target.encode, target.follow, encoders=target.encoders)
+    def after(params: Tree, extra: Tree, measured: Tree, progress: jax.Array) -> Tree:
+        extra = target.follow(params, extra, measured, progress)
+        if centring == 'sinkhorn':
+            return extra
+        moved = {
+            'centre': losses.centre(measured['teacher'], extra['centre'], centre_momentum),
+            'patch_centre': losses.centre(
+                measured['masked'], extra['patch_centre'], centre_momentum, measured['count']
+            ),
+        }
+        return {**extra, **moved}
+
+    return Method(init, loss, target.encode, after, encoders=target.encoders)

@@ -2,7 +2,8 @@
 
 Views are compared by their assignments to learned prototypes, not by their embeddings: each view
 predicts the assignment of the other. Sinkhorn's iterations spread the assignments of the global
-batch evenly over the prototypes, so that nothing collapses.
+batch evenly over the prototypes, so that nothing collapses. The authors freeze 'prototypes' at the
+start: `config.optim.modules`.
 """
 
 import jax
@@ -14,7 +15,7 @@ from contrastive_jax.config import check_range
 from contrastive_jax.layers.heads import MLP, Prototypes
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks import memory
-from contrastive_jax.networks.chain import Chain, hold, join_crops
+from contrastive_jax.networks.chain import Chain, join_crops
 
 GLOBAL = 2  # views whose assignments are predicted
 
@@ -26,7 +27,6 @@ def make(
     epsilon: float = 0.05,
     iterations: int = 3,
     prototypes: int = 3000,
-    frozen: float = 0.0,
     queue: int = 0,
     queue_from: float = 0.0,
     projection: int = 128,
@@ -42,19 +42,17 @@ def make(
         epsilon: ε of the assignments' entropy, > 0.
         iterations: of Sinkhorn's algorithm, at least 1.
         prototypes: K.
-        frozen: share of the run in which the prototypes do not learn.
-        queue: earlier images that take part in the assignments; 0: none. For batches that are
-            small beside the number of prototypes. Micro-batches (config.accumulate) are assigned
-            one by one, each beside the queue of before the step.
-        queue_from: share of the run after which they do.
+        queue: earlier images that take part in the assignments, once there are so many; 0: none.
+            For batches that are small beside the number of prototypes. Micro-batches
+            (config.accumulate) are assigned one by one, each beside the queue of before the step.
+        queue_from: share of the run after which the queue begins to fill.
         projection: dimensions of the embeddings.
         hidden: width of the projector's hidden layer.
     """
-    shares = {'frozen': frozen, 'queue_from': queue_from}
     check_range(
         'config.method', {'temperature': temperature, 'epsilon': epsilon}, above=0, who='swav'
     )
-    check_range('config.method', shares, least=0, most=1, who='swav')
+    check_range('config.method', {'queue_from': queue_from}, least=0, most=1, who='swav')
     check_range('config.method', {'iterations': iterations}, least=1, whole=True, who='swav')
     check_range('config.method', {'queue': queue}, least=0, whole=True, who='swav')
     head = Prototypes(prototypes)
@@ -66,8 +64,8 @@ def make(
             extra['queue'] = jnp.zeros((queue, GLOBAL, projection))
         return params, extra
 
-    def assign(params: Tree, extra: Tree, z_BGD: jax.Array, scores_BGK: jax.Array, progress):
-        """Each view's assignments; a queued image counts once it is there and the time has come."""
+    def assign(params: Tree, extra: Tree, scores_BGK: jax.Array) -> jax.Array:
+        """Each view's assignments; queued images count when there are as many as can be."""
         how = {'temperature': epsilon, 'iterations': iterations}
         if not queue:
             each = [losses.sinkhorn(scores_BGK[:, g], **how) for g in range(GLOBAL)]
@@ -76,32 +74,31 @@ def make(
         flat = rearrange(queued_KGD, 'k g d -> (k g) d')
         queued, _ = models.apply(head, params['prototypes'], {}, flat, train=False)
         queued = rearrange(queued, '(k g) p -> k g p', g=GLOBAL)
-        there = (queued_KGD != 0).any(axis=(1, 2)) & (progress >= queue_from)
-        counts = jnp.concatenate([jnp.ones(len(z_BGD)), there.astype(jnp.float32)])
+        full = (queued_KGD[0] != 0).any().astype(jnp.float32)  # the oldest place, at first zeros
+        counts = jnp.concatenate([jnp.ones(len(scores_BGK)), jnp.full(queue, full)])
         scores = jnp.concatenate([scores_BGK, queued])
         each = [losses.sinkhorn(scores[:, g], weights_B=counts, **how) for g in range(GLOBAL)]
-        return jnp.stack(each, axis=1)[: len(z_BGD)]
+        return jnp.stack(each, axis=1)[: len(scores_BGK)]
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, Aux]:
-        params = {**params, 'prototypes': hold(params['prototypes'], progress < frozen)}
+        del progress
         out, stats = join_crops('swav', network, params, extra['stats'], batch, key)
         scores_BVK, z_BGD = out['prototypes'], out['projector'][:, :GLOBAL]
-        targets_BGK = assign(params, extra, z_BGD, scores_BVK[:, :GLOBAL], progress)
+        targets_BGK = assign(params, extra, scores_BVK[:, :GLOBAL])
         value = losses.swapped(targets_BGK, scores_BVK, temperature=temperature)
-        used = rearrange(targets_BGK, 'b g k -> (b g) k').mean(0)
         metrics = {
             'output_std': losses.output_std(z_BGD[:, 0]),
-            # e^entropy of the mean assignment: how many prototypes are in use.
-            'prototypes_used': jnp.exp(-jnp.sum(jax.scipy.special.xlogy(used, used))),
+            **losses.target_entropies(targets_BGK),
         }
         return value, Aux({**extra, 'stats': stats}, metrics, {'embeddings': z_BGD})
 
     def after(params: Tree, extra: Tree, measured: Tree, progress: jax.Array) -> Tree:
-        del params, progress
+        del params
         if not queue:
             return extra
-        return {**extra, 'queue': memory.enqueue(extra['queue'], measured['embeddings'])}
+        fuller = memory.enqueue(extra['queue'], measured['embeddings'])
+        return {**extra, 'queue': jnp.where(progress >= queue_from, fuller, extra['queue'])}
 
     return Method(init, loss, network.encode, after)
