@@ -9,7 +9,7 @@ from contrastive_jax import config as config_lib
 from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
-LAST = ('head/last', 'patch_head/last')
+LAST = 'head/last', 'patch_head/last'
 OPTIM = {'name': 'adamw', 'weight_decay': 0.04, 'final_weight_decay': 0.4, 'warmup': 0.1}
 OPTIM |= {'clip_norm': 3.0, 'clip_by': 'module', 'decayed': ('kernels', 'positions', 'tokens')}
 
@@ -17,23 +17,20 @@ OPTIM |= {'clip_norm': 3.0, 'clip_by': 'module', 'decayed': ('kernels', 'positio
 def digits(c: Config) -> None:
     recipes.digits_vit(c, steps=700, pool='cls')
     recipes.multi_crop(c, scale=0.5, local=2, size=8, least=0.2)
-    c.method = {'name': 'dinov2', 'prototypes': 512, 'hidden': 256, 'bottleneck': 64}
-    c.method.momentum = 0.98
+    c.method = dict(name='dinov2', prototypes=512, hidden=256, bottleneck=64, momentum=0.98)
     recipes.freeze(c, 0.01, *LAST)
 
 
 def cifar10_small(c: Config) -> None:
     recipes.cifar10_small_vit(c, steps=650, pool='cls')  # it has patches to mask
-    c.method = {'name': 'dinov2', 'prototypes': 256, 'hidden': 512, 'bottleneck': 128}
-    c.method.momentum = 0.95
+    c.method = dict(name='dinov2', prototypes=256, hidden=512, bottleneck=128, momentum=0.95)
     recipes.freeze(c, 0.01, *LAST)
 
 
 def cifar10(c: Config) -> None:
     """The ImageNet recipe at CIFAR-10's size, two views and no local ones. Ours, not published."""
     recipes.cifar10(c, epochs=800.0, batch=512)
-    recipes.asymmetric(c)
-    del c.inputs.augment.blur
+    recipes.asymmetric(c, blur=False)
     c.model = {'name': 'vit', 'size': 'Ti', 'patch': 4, 'pool': 'cls', 'dtype': 'bfloat16'}
     c.method = {'name': 'dinov2', 'prototypes': 4096, 'momentum': 0.996}
     c.optim = {**OPTIM, 'learning_rate': 5e-4}
@@ -54,12 +51,12 @@ def imagenet(c: Config) -> None:
 def large(c: Config) -> None:
     """ViT-L/14 (vitl14.yaml of the authors' code; see docs/methods.md)."""
     imagenet(c)
-    c.total_steps, c.batch_size, c.inputs.local_size = 625_000, 3072, 98
-    c.model.update(patch=14, drop_path=0.4)
+    c.update(total_steps=625_000, batch_size=3072)
+    c.inputs.local_size, c.model.patch, c.model.drop_path = 98, 14, 0.4
     c.method = {'name': 'dinov2', 'prototypes': 131_072, 'bottleneck': 384, 'patch_bottleneck': 256}
     c.method.update(momentum=0.994, sharpen=30 / 500)
-    c.optim.update(learning_rate=2e-4, layer_decay=1.0, final_weight_decay=0.2, warmup=80 / 500)
-    c.optim.final_fraction = 1e-6 / (2e-4 * 3**0.5)
+    c.optim.update(learning_rate=2e-4, final_fraction=1e-6 / (2e-4 * 3**0.5), warmup=80 / 500)
+    c.optim.update(layer_decay=1.0, final_weight_decay=0.2)
     recipes.freeze(c, 1 / 500, *LAST)
 
 

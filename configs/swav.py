@@ -25,11 +25,8 @@ def cifar10_small(c: Config) -> None:
 
 
 def cifar10(c: Config) -> None:
-    """solo-learn's CIFAR-10 recipe.
-
-    There a queue of zeros fills from the first step on and counts from epoch 50 on; here it fills
-    from then on, as in the authors' code. There the prototypes' lengths are learned.
-    """
+    """solo-learn's CIFAR-10 recipe. There the queue fills from step 0 on and counts, with zeros,
+    from epoch 50 on; here as in the authors' code. There prototypes' lengths are learned."""
     recipes.cifar10(c, epochs=1000.0, batch=256)
     c.inputs.augment.jitter = recipes.JITTER
     c.inputs.augment.blur = {'prob': 0.5, 'sigma': (0.1, 2.0)}
@@ -42,20 +39,13 @@ def imagenet(c: Config) -> None:
     """The authors' 800 epochs (scripts/swav_800ep_pretrain.sh): 2 × 224 + 6 × 96 pixels."""
     recipes.imagenet(c, epochs=800.0, batch=4096)
     recipes.multi_crop(c, scale=0.14, local=6, size=96)
-    c.inputs.std = (0.228, 0.224, 0.225)  # the authors'
+    c.inputs.std, c.inputs.crop.interpolation = (0.228, 0.224, 0.225), 'bilinear'  # the authors'
     c.model.zero_init_last = False
     c.method = {'name': 'swav'}
     # From 0.3 to 4.8 for a batch of 4096, and a thousandth of it at the end. LARC: every parameter.
-    c.optim = {
-        'name': 'lars',
-        'learning_rate': 0.3,
-        'weight_decay': 1e-6,
-        'decayed': ('kernels', 'vectors'),
-        'warmup': 10 / 800,
-        'initial_fraction': 0.3 / 4.8,
-        'final_fraction': 0.001,
-        'classic_momentum': False,
-    }
+    c.optim = {'name': 'lars', 'learning_rate': 0.3, 'weight_decay': 1e-6, 'warmup': 10 / 800}
+    c.optim.update(initial_fraction=0.3 / 4.8, final_fraction=0.001, classic_momentum=False)
+    c.optim.decayed = ('kernels', 'vectors')
     recipes.freeze(c, 1 / 800, 'prototypes')
 
 

@@ -168,7 +168,7 @@ def imagenet_vit(c: Config, epochs: float, batch: int, size: str = 'S') -> None:
     c.model = {'name': 'vit', 'size': size, 'patch': 16, 'pool': 'cls', 'dtype': 'bfloat16'}
 
 
-def asymmetric(c: Config) -> None:
+def asymmetric(c: Config, blur: bool = True) -> None:
     """BYOL's pair: one view always blurred, the other seldom blurred and sometimes solarised."""
     c.inputs.augment = {
         'jitter': BYOL_JITTER,
@@ -176,6 +176,8 @@ def asymmetric(c: Config) -> None:
         'blur': {'prob': (1.0, 0.1), 'sigma': (0.1, 2.0)},
         'solarize': {'prob': (0.0, 0.2)},
     }
+    if not blur:
+        del c.inputs.augment.blur
 
 
 def moco_v2(c: Config) -> None:
