@@ -1,4 +1,4 @@
-"""The projection head: its layers, its BatchNorm, its errors."""
+"""Heads: their layers, their BatchNorm, how DINO's starts, their errors."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ import pytest
 
 from contrastive_jax import models
 from contrastive_jax.config import UserError
-from contrastive_jax.layers.heads import MLP
+from contrastive_jax.layers.heads import MLP, DINOHead
 
 
 def test_batch_statistics():
@@ -72,6 +72,44 @@ def test_features_of_half_precision_give_float32():
     params, stats = jax.eval_shape(partial(models.init, head), jax.random.key(0), x)
     y, _ = jax.eval_shape(partial(models.apply, head, train=True), params, stats, x)
     assert y.dtype == jnp.float32
+
+
+@pytest.mark.parametrize('learn_length', [False, True])
+def test_dinos_last_layer_is_a_weight_norm(learn_length):
+    """Float64 of torch's: `length · kernel / |kernel|` times the unit output of the MLP."""
+    head = DINOHead(prototypes=6, hidden=7, bottleneck=4, learn_length=learn_length)
+    rng = np.random.default_rng(0)
+    x = np.float32(rng.normal(size=(9, 5)))
+    structure = jax.eval_shape(partial(models.init, head), jax.random.key(0), x)[0]
+    assert sorted(structure['last']) == ['kernel', *['length'] * learn_length]
+    params = jax.tree.map(lambda a: np.float32(rng.uniform(0.5, 1.5, a.shape)), structure)
+    got, _ = models.apply(head, params, {}, x, True)
+    p = jax.tree.map(np.float64, params)
+    z = np.float64(x)
+    for i in (1, 2, 3):
+        z = z @ p['mlp'][f'linear{i}']['kernel'] + p['mlp'][f'linear{i}']['bias']
+        if i < 3:
+            z = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+    want = z @ p['last']['kernel']
+    want /= np.linalg.norm(z, axis=1, keepdims=True) * np.linalg.norm(p['last']['kernel'], axis=0)
+    if learn_length:
+        assert params['last']['length'].shape == (1, 6)
+        want *= p['last']['length']
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_dinos_head_starts_as_the_authors_do():
+    head = DINOHead(prototypes=300, hidden=200, bottleneck=100, learn_length=True)
+    params, _ = models.init(head, jax.random.key(0), jnp.zeros((2, 150)))
+    for i in (1, 2, 3):
+        linear = params['mlp'][f'linear{i}']
+        assert not np.any(linear['bias'])
+        np.testing.assert_allclose(np.std(linear['kernel']), 0.02, rtol=0.03)
+        assert np.abs(linear['kernel']).max() > 0.06  # not cut off at two or three deviations
+    kernel = params['last']['kernel']
+    assert 0.099 < np.abs(kernel).max() <= 0.1  # torch's Linear: uniform within ±1/√100
+    np.testing.assert_allclose(np.std(kernel), 0.1 / np.sqrt(3), rtol=0.03)
+    assert np.all(params['last']['length'] == 1)
 
 
 @pytest.mark.parametrize('key', ['hidden', 'out', 'layers'])

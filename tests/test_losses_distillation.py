@@ -119,6 +119,7 @@ def test_targets_have_no_gradient():
         lambda x: losses.sinkhorn(x, temperature=0.1),
         lambda x: losses.teacher(x, centre, 0.1),
         lambda x: losses.centre(x, centre, 0.9),
+        lambda x: losses.target_entropies(jax.nn.softmax(x))['target_entropy'],
     ):
         squares = jax.jit(jax.grad(lambda x, target=target: jnp.sum(target(x) ** 2)))
         assert not np.any(squares(x))
@@ -135,6 +136,39 @@ def test_centre_and_teacher_equal_dino(shape):
     assert np.allclose(got_centre, moved, rtol=1e-5, atol=1e-6)
     targets = np.stack([softmax((row - centre) / 0.04) for row in logits.reshape(-1, 3)])
     assert np.allclose(got_targets, targets.reshape(shape), atol=2e-5)
+
+
+def test_a_centre_of_rows_that_count_for_more_or_not_at_all():
+    rng = np.random.default_rng(9)
+    logits, centre = rng.normal(size=(5, 3)).astype(np.float32), rng.normal(size=3)
+    weights = np.array([2, 0, 1, 5, 0], np.float32)
+    run = jax.jit(lambda x, c, w: losses.centre(x, c, 0.9, w))
+    mean = (weights[:, None] * np.float64(logits)).sum(0) / weights.sum()
+    c = jnp.asarray(centre, jnp.float32)
+    np.testing.assert_allclose(run(logits, c, weights), 0.9 * centre + 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(run(logits, c, 0 * weights), c, rtol=1e-6)
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_entropies_of_targets(devices):
+    """Float64; and the two collapses: all uniform, and all on one."""
+    targets = np.random.default_rng(10).dirichlet(np.full(5, 0.3), (16, 2)).astype(np.float32)
+    targets[0, 0] = [0, 1, 0, 0, 0]
+    mean = np.float64(targets).mean((0, 1))
+
+    def entropy(p):
+        p = np.float64(p)
+        return -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=-1)
+
+    with jax.set_mesh(mesh := parallel.make_mesh(jax.devices()[:devices])):
+        run = jax.jit(losses.target_entropies)
+        got = run(jax.device_put(targets, parallel.rows(mesh)))
+        uniform = run(np.full((16, 5), 0.2, np.float32))
+        one = run(np.eye(5, dtype=np.float32)[np.zeros(16, int)])
+    np.testing.assert_allclose(got['target_entropy'], entropy(targets).mean(), rtol=1e-5)
+    np.testing.assert_allclose(got['target_mean_entropy'], entropy(mean), rtol=1e-5)
+    np.testing.assert_allclose(list(uniform.values()), np.log(5), rtol=1e-5)
+    np.testing.assert_allclose(list(one.values()), 0, atol=1e-6)
 
 
 def test_masked_rows_of_weight_0_add_nothing():
@@ -175,6 +209,8 @@ def test_swapped_skips_the_targets_own_view():
         (lambda x: losses.swapped(x[None], x[None, :3], temperature=1.0), 'V ≥ G'),
         (lambda x: losses.centre(x, x[0, :1], 0.9), 'centre'),
         (lambda x: losses.centre(x, x[0], 1.1), 'momentum'),
+        (lambda x: losses.centre(x, x[0], 0.9, jnp.ones(3)), 'one a row'),
+        (lambda x: losses.target_entropies(x[0]), 'targets'),
         (lambda x: losses.teacher(x, x[0], 0.0), 'temperature'),
         (lambda x: losses.masked(x, x, x[:3, 0], temperature=1.0), 'one a row'),
     ],

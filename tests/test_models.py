@@ -281,15 +281,18 @@ def test_masked_patches_are_not_seen():
             models.apply(module, params, {}, x, True, mask=wrong)
 
 
-def test_drop_path_drops_branches_and_keeps_the_expectation():
+@pytest.mark.parametrize(('uniform', 'blocks'), [(False, (0.0, 0.25, 0.5)), (True, (0.5, 0.5))])
+def test_drop_path_drops_branches_and_keeps_the_expectation(uniform, blocks):
     """Each image's output is one of those that the oracle has; how often, is as the rates say."""
-    module = vit.make(**TINY_VIT | {'depth': 3}, drop_path=0.5)
+    depth = len(blocks)
+    module = vit.make(**TINY_VIT | {'depth': depth}, drop_path=0.5, drop_path_uniform=uniform)
     x, batch = images(1, 8, 8, 3), 512
     params, _ = drawn(module, x)
-    rates = np.repeat([0.0, 0.25, 0.5], 2).reshape(3, 2)
+    rates = np.repeat(blocks, 2).reshape(depth, 2)
     image = np.asarray(x[0], np.float64)
-    combinations = np.array(list(np.ndindex(1, 1, 2, 2, 2, 2))).reshape(-1, 3, 2)
-    combinations[:, 0] = 1  # the first block is never left out
+    choices = np.where(rates > 0, 2, 1).ravel()
+    combinations = np.array(list(np.ndindex(*choices))).reshape(-1, depth, 2)
+    combinations[:, rates[:, 0] == 0] = 1  # such a block is never left out
 
     def cls(factor=lambda block, branch: 1.0):
         return vit_oracle(params, image, 4, 2, factor=factor)[0][-1][0]
@@ -304,7 +307,7 @@ def test_drop_path_drops_branches_and_keeps_the_expectation():
     assert np.sort(distance, 1)[:, 1].min() > 1e-2
     kept = combinations[distance.argmin(1)]
     np.testing.assert_allclose(kept.mean(0), 1 - rates, atol=4 * 0.5 / np.sqrt(batch))
-    correlation = np.corrcoef(kept[:, 1:].reshape(batch, 4).T) - np.eye(4)
+    correlation = np.corrcoef(kept[:, rates > 0].T) - np.eye(4)
     assert np.abs(correlation).max() < 4 / np.sqrt(batch)
     # All of it in evaluation, whether there is a key or not; other keys draw otherwise.
     (plain, _), _ = apply(module, params, {}, x, False)

@@ -1,5 +1,7 @@
 """What methods remember between steps: target networks and queues."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 
 from contrastive_jax import models
 from contrastive_jax.layers.heads import MLP
-from contrastive_jax.models import vit
-from contrastive_jax.networks.chain import Chain
+from contrastive_jax.models import resnet, vit
+from contrastive_jax.networks.chain import Chain, join_crops
 from contrastive_jax.networks.memory import enqueue, random_queue
 from contrastive_jax.networks.target import Target, momentum_to_one, ramp
 
@@ -85,3 +87,34 @@ def test_a_target_has_no_gradient():
         return target.views(state, views)[0]['encoder'].sum()
 
     assert all((g == 0).all() for g in jax.tree.leaves(jax.grad(total)(state)))
+
+
+def test_crops_meet_in_the_heads_batch_norm_and_not_in_the_encoders():
+    """Float64 of the head on all crops at once; the encoder's averages move once for each size."""
+    encoder = resnet.make(stem='patch4', widths=(8,), blocks=(1,))
+    chain = Chain(encoder, projector=MLP(6, 4))
+    rng = np.random.default_rng(0)
+    batch = {
+        'views': np.float32(rng.normal(size=(5, 2, 8, 8, 3))),
+        'local_views': np.float32(rng.normal(1.0, 2.0, size=(5, 3, 4, 4, 3))),
+    }
+    params, stats = chain.init(jax.random.key(0), jnp.asarray(batch['views'][:, 0]))
+    run = jax.jit(lambda b: join_crops('test', chain, params, stats, b, jax.random.key(1)))
+    out, new = run(batch)
+    moved, features = stats['encoder'], []
+    for crops in batch.values():
+        flat = jnp.asarray(crops.reshape(-1, *crops.shape[2:]))
+        (x, _), moved = models.apply(encoder, params['encoder'], moved, flat, True)
+        features.append(np.reshape(x, (5, -1, 8)))
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, new['encoder'], moved)
+    x = np.float64(np.concatenate(features, axis=1))
+    close(out['encoder'], x)
+    assert all(len(x[0]) == 2 for x in out['named'].values())
+
+    p = jax.tree.map(np.float64, params['projector'])
+    z = x @ p['linear1']['kernel']
+    mean, var = z.mean((0, 1)), z.var((0, 1))
+    close(new['projector']['norm1']['mean'], 0.1 * mean)
+    y = (z - mean) / np.sqrt(var + 1e-5) * p['norm1']['scale'] + p['norm1']['bias']
+    close(out['projector'], np.maximum(y, 0) @ p['linear2']['kernel'] + p['linear2']['bias'])
