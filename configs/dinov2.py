@@ -9,6 +9,7 @@ from contrastive_jax import config as config_lib
 from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
+NARROW = {'name': 'dinov2', 'head_std': None}
 LAST = 'head/last', 'patch_head/last'
 OPTIM = {'name': 'adamw', 'weight_decay': 0.04, 'final_weight_decay': 0.4, 'warmup': 0.1}
 OPTIM |= {'clip_norm': 3.0, 'clip_by': 'module', 'decayed': ('kernels', 'positions', 'tokens')}
@@ -17,14 +18,12 @@ OPTIM |= {'clip_norm': 3.0, 'clip_by': 'module', 'decayed': ('kernels', 'positio
 def digits(c: Config) -> None:
     recipes.digits_vit(c, steps=700, pool='cls')
     recipes.multi_crop(c, scale=0.5, local=2, size=8, least=0.2)
-    c.method = dict(name='dinov2', prototypes=512, hidden=256, bottleneck=64, momentum=0.98)
-    recipes.freeze(c, 0.01, *LAST)
+    c.method = dict(**NARROW, prototypes=512, hidden=256, bottleneck=64, momentum=0.98)
 
 
 def cifar10_small(c: Config) -> None:
     recipes.cifar10_small_vit(c, steps=650, pool='cls')  # it has patches to mask
-    c.method = dict(name='dinov2', prototypes=256, hidden=512, bottleneck=128, momentum=0.95)
-    recipes.freeze(c, 0.01, *LAST)
+    c.method = dict(**NARROW, prototypes=256, hidden=512, bottleneck=128, momentum=0.95)
 
 
 def cifar10(c: Config) -> None:
@@ -34,6 +33,7 @@ def cifar10(c: Config) -> None:
     c.model = {'name': 'vit', 'size': 'Ti', 'patch': 4, 'pool': 'cls', 'dtype': 'bfloat16'}
     c.method = {'name': 'dinov2', 'prototypes': 4096, 'momentum': 0.996}
     c.optim = {**OPTIM, 'learning_rate': 5e-4}
+    recipes.freeze(c, 1 / 100, *LAST)
 
 
 def imagenet(c: Config) -> None:
@@ -49,12 +49,12 @@ def imagenet(c: Config) -> None:
 
 
 def large(c: Config) -> None:
-    """ViT-L/14 (vitl14.yaml of the authors' code; see docs/methods.md)."""
+    """ViT-L/14 for 500 of them (vitl14.yaml of the authors' code). There ImageNet-22k (paper:
+    LVD-142M) and SwiGLU; here ImageNet-1k and an MLP with GELU, as many parameters."""
     imagenet(c)
-    c.update(total_steps=625_000, batch_size=3072)
-    c.inputs.local_size, c.model.patch, c.model.drop_path = 98, 14, 0.4
+    c.total_steps, c.batch_size, c.inputs.local_size, c.model.patch = 625_000, 3072, 98, 14
     c.method = {'name': 'dinov2', 'prototypes': 131_072, 'bottleneck': 384, 'patch_bottleneck': 256}
-    c.method.update(momentum=0.994, sharpen=30 / 500)
+    c.method.momentum, c.method.sharpen, c.model.drop_path = 0.994, 30 / 500, 0.4
     c.optim.update(learning_rate=2e-4, final_fraction=1e-6 / (2e-4 * 3**0.5), warmup=80 / 500)
     c.optim.update(layer_decay=1.0, final_weight_decay=0.2)
     recipes.freeze(c, 1 / 500, *LAST)

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from contrastive_jax import losses, methods, models, optim, parallel, state
+from contrastive_jax.augment.masking import block_mask
 from contrastive_jax.config import UserError, build
 from contrastive_jax.networks import pair
 from contrastive_jax.planning import hlo
@@ -458,3 +459,120 @@ def test_simsiam_without_stop_gradient_collapses(stop_gradient):
             s, metrics = step(s, batch(i))
     assert (metrics['output_std'] > 0.5) == stop_gradient
     assert (metrics['loss'] > -0.99) == stop_gradient
+
+
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [('dino', {'learn_length': True}), ('dinov2', {'centring': 'centre', 'shared_head': True})],
+)
+def test_published_options_are_the_same_on_eight_devices(name, options):
+    found = []
+    for devices in (1, 8):
+        mesh, init, step = trainer(name, 'vit', devices, **options)
+        with jax.set_mesh(mesh):
+            s = init()
+            for i in range(2):
+                s, metrics = step(s, parallel.shard_batch(mesh, batch_of(name, i)))
+        found.append((metrics, {k: v for k, v in s.extra.items() if 'centre' in k}))
+        gradients = optax.tree.get(s.opt, 'trace')
+        assert np.abs(gradients['head']['last']['length']).max() > 0
+        for centre in found[-1][1].values():
+            assert np.abs(centre).max() > 0
+    for one, eight in zip(*map(jax.tree.leaves, found), strict=True):
+        assert np.allclose(one, eight, rtol=1e-4, atol=1e-5)
+
+
+def dino_head(params, x):
+    """The head in float64, with lengths."""
+    p, x = jax.tree.map(np.float64, (params, x))
+    for i in (1, 2, 3):
+        x = x @ p['mlp'][f'linear{i}']['kernel'] + p['mlp'][f'linear{i}']['bias']
+        if i < 3:
+            x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    kernel = p['last']['kernel'] / np.linalg.norm(p['last']['kernel'], axis=0)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True) @ kernel * p['last']['length'][0]
+
+
+def softmax(x):
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize('shared', [True, False])
+def test_dinov2_with_centres_equals_the_authors_formulas(shared):
+    """Float64 of the loss on the encoders' outputs, and of both centres after the step."""
+    options = {'centring': 'centre', 'shared_head': shared, 'koleo': 0.0}
+    method, _, start = initial('dinov2', 'vit', 0.1, **options)
+    rng = np.random.default_rng(5)
+
+    def shaken(tree):
+        return jax.tree.map(lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), tree)
+
+    params, target = shaken(start.params), shaken(start.extra['target'])
+    assert ('patch_head' in params) == ('patch_head' in target['params']) == (not shared)
+    centres = {k: np.float32(0.1 * rng.normal(size=512)) for k in ('centre', 'patch_centre')}
+    extra = {**start.extra, 'target': target, **centres}
+    data, key, progress = batch_of('dinov2'), jax.random.key(9), jnp.float32(0.1)
+    value, aux = jax.jit(method.loss)(params, extra, data, key, progress)
+    after = method.after(params, aux.extra, aux.measured, progress)
+
+    V, side = 2, 2
+    mask_key, _ = jax.random.split(key)
+    mask = np.asarray(block_mask(mask_key, B * V, side, side))
+    assert 0 < mask.sum() < mask.size
+    model = build('models', MODELS['vit'], 'test')
+
+    def encode(params, views, mask=None):
+        x = jnp.asarray(views.reshape(-1, *views.shape[2:]))
+        (_, named), _ = models.apply(model, params['encoder'], {}, x, True, mask=mask)
+        return np.asarray(named['cls']), np.asarray(named['patches'])
+
+    cls, patches = encode(params, data['views'], mask)
+    local, _ = encode(params, data['local_views'])
+    taught, taught_patches = encode(target['params'], data['views'])
+    own = 'head' if shared else 'patch_head'
+    tau = 0.04 + 0.03 / 3  # a third of the way
+
+    def log(x):
+        return np.log(softmax(x / 0.1))
+
+    student = log(dino_head(params['head'], np.stack([cls, local]).reshape(2, B, V, -1)))
+    teacher = dino_head(target['params']['head'], taught).reshape(B, V, -1)
+    goal = softmax((teacher - centres['centre']) / tau)
+    terms = [
+        -(goal[:, g] * student[size, :, v]).sum(-1).mean()
+        for g in range(V)
+        for size, v in np.ndindex(2, V)
+        if (size, v) != (0, g)
+    ]
+    want = sum(terms) / len(terms)
+    seen = dino_head(target['params'][own], taught_patches)
+    goal = softmax((seen - centres['patch_centre']) / tau)
+    each = -(goal * log(dino_head(params[own], patches))).sum(-1)
+    want += (each * mask / np.maximum(mask.sum(1, keepdims=True), 1)).sum() / (B * V)
+    assert np.isclose(value, want, rtol=1e-4)
+
+    means = {'centre': teacher.mean((0, 1)), 'patch_centre': seen[mask].mean(0)}
+    for name, mean in means.items():
+        want = 0.9 * centres[name] + 0.1 * mean
+        assert np.allclose(after[name], want, rtol=1e-4, atol=1e-5), name
+        assert np.array_equal(aux.extra[name], centres[name])
+
+
+def test_swav_s_queue_fills_from_its_time_on_and_counts_when_it_is_full():
+    mesh, init, step = trainer('swav', 'vit', 1, queue=2 * B, queue_from=0.09)
+    loss = jax.jit(make('swav', queue=2 * B, queue_from=0.09).loss)
+
+    def value(s, queue):
+        extra = {**s.extra, 'queue': queue}
+        return loss(s.params, extra, batch_of('swav'), jax.random.key(0), jnp.float32(0.5))[0]
+
+    with jax.set_mesh(mesh):
+        s = init()
+        empty = s.extra['queue']
+        for i in range(7):  # of 50
+            s, _ = step(s, batch_of('swav', i))
+            filled = np.any(s.extra['queue'] != 0, axis=(1, 2))
+            assert filled.tolist() == [i >= 6] * B + [i >= 5] * B
+            same = value(s, s.extra['queue']) == value(s, empty)
+            assert same == (i < 6)

@@ -119,8 +119,8 @@ class Prototypes(nn.Module):
 class DINOHead(nn.Module):
     """DINO's projection head (Caron et al. 2021, arXiv:2104.14294, section 3.1 and appendix C).
 
-    Initialised as in the authors' code: the MLP from a normal distribution of std 0.02 (there cut
-    off at 100 of these), the last layer as PyTorch's Linear, uniform within ±1/√bottleneck.
+    Initialised as in the authors' code: the MLP from a normal distribution (there cut off at 100
+    standard deviations), the last layer as PyTorch's Linear, uniform within ±1/√bottleneck.
 
     Attributes:
         prototypes: K, dimensions that the softmax is over.
@@ -129,6 +129,9 @@ class DINOHead(nn.Module):
         layers: of the MLP.
         batch_norm: in the MLP; the authors use it with convolutional encoders' SGD recipes alone.
         learn_length: of the prototypes, see `Prototypes`.
+        std: of the MLP's kernels at the start; None: LeCun's, 1/√(a layer's inputs). The authors'
+            0.02 is for their widths. With 16 features and hidden=256 outputs start so small that
+            GELU is linear, and targets stay uniform.
     """
 
     prototypes: int
@@ -137,23 +140,25 @@ class DINOHead(nn.Module):
     layers: int = 3
     batch_norm: bool = False
     learn_length: bool = False
+    std: float | None = 0.02
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, D] -> [B, K], float32."""
+        start = nn.initializers
         mlp = MLP(
             self.hidden,
             self.bottleneck,
             layers=self.layers,
             batch_norm=self.batch_norm,
             activation='gelu',
-            kernel_init=nn.initializers.normal(0.02),
+            kernel_init=start.lecun_normal() if self.std is None else start.normal(self.std),
             name='mlp',
         )
         last = Prototypes(
             self.prototypes,
             self.learn_length,
-            nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'),
+            start.variance_scaling(1 / 3, 'fan_in', 'uniform'),
             name='last',
         )
         return last(mlp(x, train), train)

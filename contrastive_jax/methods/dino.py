@@ -28,6 +28,7 @@ def make(
     prototypes: int = 65536,
     hidden: int = 2048,
     bottleneck: int = 256,
+    head_std: float | None = 0.02,
     batch_norm: bool = False,
     learn_length: bool = False,
 ) -> Method:
@@ -45,16 +46,23 @@ def make(
         prototypes: K, the head's outputs.
         hidden: width of the head's hidden layers.
         bottleneck: dimensions in front of the last layer.
+        head_std: of the head's kernels at the start, > 0; None, for narrow heads: LeCun's.
         batch_norm: in the head.
         learn_length: of the prototypes (the authors' `norm_last_layer` is its opposite): better
             with ViT-S, unstable with larger encoders.
     """
-    temperatures = {'temperature': temperature, 'teacher_temperature': min(teacher_temperature)}
+    positive = {'temperature': temperature, 'teacher_temperature': min(teacher_temperature)}
+    positive |= {} if head_std is None else {'head_std': head_std}
     shares = {'sharpen': sharpen, 'momentum': momentum, 'centre_momentum': centre_momentum}
-    check_range('config.method', temperatures, above=0, who='dino')
+    check_range('config.method', positive, above=0, who='dino')
     check_range('config.method', shares, least=0, most=1, who='dino')
     head = DINOHead(
-        prototypes, hidden, bottleneck, batch_norm=batch_norm, learn_length=learn_length
+        prototypes,
+        hidden,
+        bottleneck,
+        batch_norm=batch_norm,
+        learn_length=learn_length,
+        std=head_std,
     )
     network = Chain(model, head=head)
     target = Target(network, ('encoder', 'head'), momentum_to_one(momentum))

@@ -4,6 +4,7 @@ DINO on the CLS token, iBOT on masked patches (Zhou et al. 2022, https://arxiv.o
 and KoLeo, which keeps CLS tokens apart. The paper's own recipe has Sinkhorn's iterations in the
 place of DINO's centre and a head of the patches' own, the authors' short ImageNet recipe neither.
 Layer-wise learning rates, stochastic depth and how long last layers are frozen are in the config.
+Authors' code: moments of frozen layers move; here: they start at the thaw, as in DINO's code.
 """
 
 import math
@@ -19,8 +20,6 @@ from contrastive_jax.layers.heads import DINOHead
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.chain import Chain, join_crops
 from contrastive_jax.networks.target import Target, momentum_to_one, ramp
-
-CENTRING = ('sinkhorn', 'centre')
 
 
 def make(
@@ -40,13 +39,14 @@ def make(
     prototypes: int = 65536,
     hidden: int = 2048,
     bottleneck: int = 256,
+    head_std: float | None = 0.02,
     patch_bottleneck: int | None = None,
 ) -> Method:
     """DINOv2 around a ViT that has a CLS token.
 
     Paper: exactly half of the images are masked; here: each with probability `mask_prob`, because
-    images then need not move between devices. KoLeo and the masked patches' mean are over the
-    global batch, not a device's. Weight norm's lengths are learned, as in the authors' code.
+    images then need not move between devices. Authors' code: KoLeo and the masked patches' centre
+    are each device's; here: the global batch's. Prototypes have learned lengths, as there.
 
     Args:
         model: the encoder; takes `mask` and returns 'cls' and 'patches'.
@@ -65,28 +65,30 @@ def make(
         prototypes: K, outputs of each head.
         hidden: width of the heads' hidden layers.
         bottleneck: dimensions in front of the last layers.
+        head_std: of the heads' kernels at the start, > 0; None, for narrow heads: LeCun's.
         patch_bottleneck: those of the patches' own head, if they are others.
     """
-    temperatures = {'temperature': temperature, 'teacher_temperature': min(teacher_temperature)}
+    positive = {'temperature': temperature, 'teacher_temperature': min(teacher_temperature)}
+    positive |= {} if head_std is None else {'head_std': head_std}
     shares = {'sharpen': sharpen, 'mask_prob': mask_prob}
     shares |= {'momentum': momentum, 'centre_momentum': centre_momentum}
     weights = {'koleo': koleo, 'patches': patches}
-    check_range('config.method', temperatures, above=0, who='dinov2')
+    check_range('config.method', positive, above=0, who='dinov2')
     check_range('config.method', shares, least=0, most=1, who='dinov2')
     check_range('config.method', weights, least=0, who='dinov2')
-    choose('centring', centring, dict.fromkeys(CENTRING), 'config.method')
+    choose('centring', centring, dict.fromkeys(('sinkhorn', 'centre')), 'config.method')
     if shared_head and patch_bottleneck is not None:
         raise UserError(
             f'config.method.patch_bottleneck: got {patch_bottleneck}; with shared_head patches '
             'have no head of their own.'
         )
-    head = DINOHead(prototypes, hidden, bottleneck, learn_length=True)
+    head = DINOHead(prototypes, hidden, bottleneck, learn_length=True, std=head_std)
     own = bottleneck if patch_bottleneck is None else patch_bottleneck
     patch_head = head if shared_head else head.clone(bottleneck=own)
     of_patches = 'head' if shared_head else 'patch_head'
     network = Chain(model, head=head)
-    modules = dict.fromkeys(('encoder', 'head', of_patches))
-    target = Target(network, tuple(modules), momentum_to_one(momentum))
+    modules = ('encoder', 'head', 'patch_head')[: 2 if shared_head else 3]
+    target = Target(network, modules, momentum_to_one(momentum))
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         del records
