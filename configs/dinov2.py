@@ -52,9 +52,10 @@ def large(c: Config) -> None:
     """ViT-L/14 for 500 of them (vitl14.yaml of the authors' code). There ImageNet-22k (paper:
     LVD-142M) and SwiGLU; here ImageNet-1k and an MLP with GELU, as many parameters."""
     imagenet(c)
-    c.total_steps, c.batch_size, c.inputs.local_size, c.model.patch = 625_000, 3072, 98, 14
-    c.method = {'name': 'dinov2', 'prototypes': 131_072, 'bottleneck': 384, 'patch_bottleneck': 256}
-    c.method.momentum, c.method.sharpen, c.model.drop_path = 0.994, 30 / 500, 0.4
+    c.total_steps, c.batch_size, c.inputs.local_size = 625_000, 3072, 98
+    c.model.update(patch=14, drop_path=0.4)
+    heads = {'prototypes': 131_072, 'bottleneck': 384, 'patch_bottleneck': 256}
+    c.method = {'name': 'dinov2', **heads, 'momentum': 0.994, 'sharpen': 30 / 500}
     c.optim.update(learning_rate=2e-4, final_fraction=1e-6 / (2e-4 * 3**0.5), warmup=80 / 500)
     c.optim.update(layer_decay=1.0, final_weight_decay=0.2)
     recipes.freeze(c, 1 / 500, *LAST)

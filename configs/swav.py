@@ -45,7 +45,7 @@ def imagenet(c: Config) -> None:
     # From 0.3 to 4.8 for a batch of 4096, and a thousandth of it at the end. LARC: every parameter.
     c.optim = {'name': 'lars', 'learning_rate': 0.3, 'weight_decay': 1e-6, 'warmup': 10 / 800}
     c.optim.update(initial_fraction=0.3 / 4.8, final_fraction=0.001, classic_momentum=False)
-    c.optim.decayed = ('kernels', 'vectors')
+    c.optim.update(decayed=('kernels', 'vectors'))
     recipes.freeze(c, 1 / 800, 'prototypes')
 
 

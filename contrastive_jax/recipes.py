@@ -170,14 +170,13 @@ def imagenet_vit(c: Config, epochs: float, batch: int, size: str = 'S') -> None:
 
 def asymmetric(c: Config, blur: bool = True) -> None:
     """BYOL's pair: one view always blurred, the other seldom blurred and sometimes solarised."""
+    blurred = {'blur': {'prob': (1.0, 0.1), 'sigma': (0.1, 2.0)}} if blur else {}
     c.inputs.augment = {
         'jitter': BYOL_JITTER,
         'grayscale': {'prob': 0.2},
-        'blur': {'prob': (1.0, 0.1), 'sigma': (0.1, 2.0)},
+        **blurred,
         'solarize': {'prob': (0.0, 0.2)},
     }
-    if not blur:
-        del c.inputs.augment.blur
 
 
 def moco_v2(c: Config) -> None:
