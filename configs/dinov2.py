@@ -9,8 +9,7 @@ from contrastive_jax import config as config_lib
 from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
-NARROW = {'name': 'dinov2', 'head_std': None}
-LAST = 'head/last', 'patch_head/last'
+NARROW, LAST = {'name': 'dinov2', 'head_std': None}, ('head/last', 'patch_head/last')
 OPTIM = {'name': 'adamw', 'weight_decay': 0.04, 'final_weight_decay': 0.4, 'warmup': 0.1}
 OPTIM |= {'clip_norm': 3.0, 'clip_by': 'module', 'decayed': ('kernels', 'positions', 'tokens')}
 
