@@ -31,7 +31,7 @@ def make(
     """
     check_range('config.method', {'scale': scale}, above=0, who='barlow_twins')
     check_range('config.method', {'off_diagonal': off_diagonal}, least=0, who='barlow_twins')
-    network = Chain(model, projector=MLP(hidden, projection, layers=3))
+    network = Chain(model, apart=True, projector=MLP(hidden, projection, layers=3))
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array

@@ -34,7 +34,7 @@ def make(
     # The predictor's BatchNorm keeps gradients from a bias in front of it, so Adam would let it
     # wander, and the targets with it.
     projector = MLP(hidden, projection, last_bias=False)
-    network = Chain(model, projector=projector, predictor=MLP(hidden, projection))
+    network = Chain(model, apart=True, projector=projector, predictor=MLP(hidden, projection))
     target = Target(network, ('encoder', 'projector'), momentum_to_one(momentum))
 
     def loss(

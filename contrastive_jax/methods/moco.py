@@ -57,7 +57,7 @@ def make(
     check_range('config.method', {'queue': queue}, least=1, whole=True, who='moco')
     choose('key_norm', key_norm, dict.fromkeys(('running', 'batch')), 'config.method')
     head = MLP(hidden, projection, layers=layers, batch_norm=batch_norm)
-    network = Chain(model, projector=head)
+    network = Chain(model, apart=True, projector=head)
     target = Target(network, ('encoder', 'projector'), momentum, norm=key_norm)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:

@@ -40,6 +40,7 @@ def make(
     check_range('config.method', {'queue': queue}, least=1, whole=True, who='nnclr')
     network = Chain(
         model,
+        apart=True,
         projector=MLP(hidden, projection, layers=3, last_batch_norm=True),
         predictor=MLP(predictor, projection),
     )
