@@ -2,6 +2,9 @@
 
 The positive of a view is not the other view's embedding but that embedding's nearest neighbour in a
 queue of earlier ones: another image that looks alike.
+
+The authors' code is not public. BatchNorm takes each view by itself, as Algorithm 1 has a call for
+each; heads are as in section 4.1.
 """
 
 import jax

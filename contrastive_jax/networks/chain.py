@@ -123,7 +123,7 @@ def _view_by_view(
     key: jax.Array | None = None,
     **inputs: Any,
 ) -> tuple[Any, Tree]:
-    """`models.apply` to one view after the other of rows (b v); averages go from one to the next."""
+    """`models.apply` to each of the views in rows (b v); averages go from one view to the next."""
     if views == 1:
         return models.apply(module, params, stats, x, train, key=key, **inputs)
     x_BV, inputs_BV = jax.tree.map(lambda x: x.reshape(-1, views, *x.shape[1:]), (x, inputs))
@@ -133,8 +133,11 @@ def _view_by_view(
         rows, more = jax.tree.map(lambda x, v=v: x[:, v], (x_BV, inputs_BV))
         outputs, stats = models.apply(module, params, stats, rows, train, key=keys[v], **more)
         found.append(outputs)
-    rejoin = lambda *views: jnp.stack(views, 1).reshape(-1, *views[0].shape[1:])
-    return jax.tree.map(rejoin, *found), stats
+
+    def rows_of(*views: jax.Array) -> jax.Array:
+        return jnp.stack(views, axis=1).reshape(-1, *views[0].shape[1:])
+
+    return jax.tree.map(rows_of, *found), stats
 
 
 def seen(batch: Batch) -> jax.Array:
