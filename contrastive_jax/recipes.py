@@ -8,6 +8,9 @@ from typing import Any
 from contrastive_jax import config as config_lib
 from contrastive_jax.config import Config
 
+# Kinds of parameters that weight decay takes where the authors leave it to torch, and OpenCLIP's.
+EVERYTHING = ('kernels', 'embeddings', 'positions', 'tokens', 'vectors')
+TABLES_TOO = ('kernels', 'embeddings', 'positions')
 # SimCLR, appendix A: strength 1 for ImageNet, 0.5 and no blur for CIFAR-10.
 JITTER = {'prob': 0.8, 'brightness': 0.8, 'contrast': 0.8, 'saturation': 0.8, 'hue': 0.2}
 HALF_JITTER = {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.4, 'hue': 0.1}
@@ -137,6 +140,15 @@ def cifar10(c: Config, epochs: float, batch: int) -> None:
     c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
 
 
+def solo_learn(c: Config, learning_rate: float, weight_decay: float) -> None:
+    """solo-learn's CIFAR-10 recipe with an asymmetric pair, but for the method."""
+    cifar10(c, epochs=1000.0, batch=256)
+    asymmetric(c)
+    del c.inputs.augment.blur
+    c.model.zero_init_last = False
+    solo_lars(c, learning_rate, weight_decay)
+
+
 def solo_lars(c: Config, learning_rate: float, weight_decay: float) -> None:
     """The optimiser of solo-learn's CIFAR-10 recipes."""
     c.optim = {
@@ -145,7 +157,25 @@ def solo_lars(c: Config, learning_rate: float, weight_decay: float) -> None:
         'weight_decay': weight_decay,
         'warmup': 0.01,
         'trust_coefficient': 0.02,
+        'clip_ratio': True,
+        'classic_momentum': False,
     }
+
+
+def torch_sgd(c: Config, learning_rate: float, weight_decay: float) -> None:
+    """SGD as torch's, of which authors set no more than this."""
+    c.optim = {
+        'name': 'sgd',
+        'learning_rate': learning_rate,
+        'weight_decay': weight_decay,
+        'decayed': EVERYTHING,
+    }
+
+
+def torchvision(c: Config) -> None:
+    """torchvision's defaults, where authors set nothing: the ResNet's start, how crops scale."""
+    c.model.zero_init_last = False
+    c.inputs.crop.interpolation = 'bilinear'
 
 
 def imagenet(c: Config, epochs: float, batch: int) -> None:
@@ -179,13 +209,13 @@ def asymmetric(c: Config) -> None:
 
 
 def moco_v2(c: Config) -> None:
-    """MoCo v2's views: a weaker jitter, crops of at least a fifth."""
+    """MoCo v2's views: a weaker jitter, crops of at least a fifth, scaled bilinearly."""
     c.inputs.augment = {
-        'jitter': {**BYOL_JITTER, 'saturation': 0.4},
+        'jitter': HALF_JITTER,
         'grayscale': {'prob': 0.2},
         'blur': {'prob': 0.5, 'sigma': (0.1, 2.0)},
     }
-    c.inputs.crop.scale = (0.2, 1.0)
+    c.inputs.crop.update({'scale': (0.2, 1.0), 'interpolation': 'bilinear'})
 
 
 def multi_crop(c: Config, scale: float, local: int, size: int) -> None:

@@ -43,7 +43,13 @@ def make(
         model,
         apart=True,
         projector=MLP(hidden, projection, layers, last_batch_norm=True, last_scale=False),
-        predictor=MLP(hidden, projection, last_batch_norm=predictor_batch_norm, last_scale=False),
+        predictor=MLP(
+            hidden,
+            projection,
+            last_batch_norm=predictor_batch_norm,
+            last_scale=False,
+            last_bias=False,
+        ),
     )
     target = Target(network, ('encoder', 'projector'), momentum_to_one(momentum))
 
