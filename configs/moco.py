@@ -27,6 +27,7 @@ def cifar10(c: Config) -> None:
     """The authors' CIFAR-10 notebook, symmetric: 85.3 % kNN after 200 epochs, they say."""
     recipes.cifar10(c, epochs=200.0, batch=512)
     recipes.torchvision(c)
+    c.inputs.std = recipes.CIFAR10_STD
     c.method = {
         'name': 'moco',
         'temperature': 0.1,

@@ -10,8 +10,7 @@ from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
 BOTH_WAYS = {'causal': False}  # every token of a text sees every other
-START = {'logit_scale': 10.0, 'logit_bias': -10.0}
-SIGLIP = {'name': 'siglip', 'projection': 768, **START, 'locked': False}
+SIGLIP = {'name': 'siglip', 'projection': 768, 'logit_scale': 10.0, 'logit_bias': -10.0}
 # −10 is for batches of thousands, in which as many times more pairs do not match.
 SMALL_BATCH = {**SIGLIP, 'logit_bias': -2.71}
 

@@ -25,6 +25,7 @@ def cifar10(c: Config) -> None:
     rate, which is 0.5 for a batch of 1024, and the decay."""
     recipes.cifar10(c, epochs=1000.0, batch=1024)
     recipes.torchvision(c)
+    c.inputs.std = recipes.CIFAR10_STD
     c.inputs.crop.scale = (0.2, 1.0)
     c.model.size = 50
     c.method = {'name': 'sup_con', 'temperature': 0.1}

@@ -11,6 +11,8 @@ from contrastive_jax.config import Config
 # Kinds of parameters that weight decay takes where the authors leave it to torch, and OpenCLIP's.
 EVERYTHING = ('kernels', 'embeddings', 'positions', 'tokens', 'vectors')
 TABLES_TOO = ('kernels', 'embeddings', 'positions')
+# Means of each image's own, in the code of MoCo's notebook and SupContrast.
+CIFAR10_STD = (0.2023, 0.1994, 0.2010)
 # SimCLR, appendix A: strength 1 for ImageNet, 0.5 and no blur for CIFAR-10.
 JITTER = {'prob': 0.8, 'brightness': 0.8, 'contrast': 0.8, 'saturation': 0.8, 'hue': 0.2}
 HALF_JITTER = {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.4, 'hue': 0.1}
