@@ -37,8 +37,13 @@ def imagenet(c: Config) -> None:
     recipes.asymmetric(c)
     c.inputs.augment.jitter.brightness_rule = 'additive'
     c.method = {'name': 'byol', 'momentum': 0.99}
-    c.optim = {'name': 'lars', 'learning_rate': 0.3, 'weight_decay': 1e-6, 'warmup': 10 / 300}
-    c.optim.classic_momentum = False
+    c.optim = {
+        'name': 'lars',
+        'learning_rate': 0.3,
+        'weight_decay': 1e-6,
+        'warmup': 10 / 300,
+        'classic_momentum': False,
+    }
 
 
 def folder(c: Config) -> None:

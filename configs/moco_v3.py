@@ -33,8 +33,13 @@ def imagenet(c: Config) -> None:
     c.inputs.crop.interpolation = 'bilinear'
     c.model.update({'heads': 12, 'freeze_patch_embedding': True})
     c.method = {'name': 'moco_v3', 'temperature': 0.2}
-    c.optim = {'name': 'adamw', 'learning_rate': 1.5e-4, 'weight_decay': 0.1, 'warmup': 40 / 300}
-    c.optim.decayed = recipes.EVERYTHING
+    c.optim = {
+        'name': 'adamw',
+        'learning_rate': 1.5e-4,
+        'weight_decay': 0.1,
+        'warmup': 40 / 300,
+        'decayed': recipes.EVERYTHING,
+    }
 
 
 def imagenet_resnet(c: Config) -> None:
@@ -48,8 +53,13 @@ def imagenet_resnet(c: Config) -> None:
         'layers': 2,
         'predictor_batch_norm': False,
     }
-    c.optim = {'name': 'lars', 'learning_rate': 0.3, 'weight_decay': 1e-6, 'warmup': 10 / 300}
-    c.optim.classic_momentum = False
+    c.optim = {
+        'name': 'lars',
+        'learning_rate': 0.3,
+        'weight_decay': 1e-6,
+        'warmup': 10 / 300,
+        'classic_momentum': False,
+    }
 
 
 def folder(c: Config) -> None:

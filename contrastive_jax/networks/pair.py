@@ -45,8 +45,8 @@ class Pair:
     ):
         self.projection, self.locked = projection, locked
         self.projected = project_images and not locked
-        head = {'projection': MLP(1, projection, layers=1, last_bias=False)}
-        self.image = Chain(image, **head) if self.projected else Chain(image)
+        linear = MLP(1, projection, layers=1, last_bias=False)
+        self.image = Chain(image, projection=linear) if self.projected else Chain(image)
         self.text = Chain(text, projection=MLP(1, projection, layers=1, last_bias=text_bias))
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
