@@ -9,6 +9,8 @@ from contrastive_jax import config as config_lib
 from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
+RESNET = {'name': 'moco_v3', 'layers': 2, 'predictor_batch_norm': False}
+
 
 def digits(c: Config) -> None:
     recipes.digits_vit(c)
@@ -23,7 +25,7 @@ def cifar10_small(c: Config) -> None:
 def cifar10(c: Config) -> None:
     """solo-learn's CIFAR-10 recipe."""
     recipes.solo_learn(c, 0.3, 1e-6)
-    c.method = {'name': 'moco_v3', 'layers': 2, 'predictor_batch_norm': False}
+    c.method = RESNET
 
 
 def imagenet(c: Config) -> None:
@@ -47,12 +49,7 @@ def imagenet_resnet(c: Config) -> None:
     recipes.imagenet(c, epochs=300.0, batch=4096)
     recipes.asymmetric(c)
     c.inputs.crop.update({'scale': (0.2, 1.0), 'interpolation': 'bilinear'})
-    c.method = {
-        'name': 'moco_v3',
-        'temperature': 1.0,
-        'layers': 2,
-        'predictor_batch_norm': False,
-    }
+    c.method = {**RESNET, 'temperature': 1.0}
     c.optim = {
         'name': 'lars',
         'learning_rate': 0.3,

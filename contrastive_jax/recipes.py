@@ -158,6 +158,7 @@ def solo_lars(c: Config, learning_rate: float, weight_decay: float) -> None:
         'learning_rate': learning_rate,
         'weight_decay': weight_decay,
         'warmup': 0.01,
+        'initial_fraction': 3e-5 / learning_rate,
         'trust_coefficient': 0.02,
         'clip_ratio': True,
         'classic_momentum': False,
