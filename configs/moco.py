@@ -49,8 +49,8 @@ def imagenet(c: Config) -> None:
 
 
 def imagenet_v1(c: Config) -> None:
-    """MoCo v1. Paper: a tenth of the rate after 120 and 160 epochs, colours last in a fixed order;
-    here: a cosine, as v2's, and the jitter before greyscale, because both are in all recipes."""
+    """MoCo v1. Paper: a tenth of the rate after 120 and after 160 epochs, greyscale before the
+    jitter; here: a cosine as in v2, greyscale last, because all recipes share both."""
     recipes.imagenet(c, epochs=200.0, batch=256)
     recipes.torchvision(c)
     c.inputs.crop.scale = (0.2, 1.0)

@@ -166,7 +166,11 @@ def solo_lars(c: Config, learning_rate: float, weight_decay: float) -> None:
 
 
 def torch_sgd(c: Config, learning_rate: float, weight_decay: float) -> None:
-    """SGD as torch's, of which authors set no more than this."""
+    """SGD as torch's, of which authors set no more than this.
+
+    Paper's code (MoCo, SimSiam, PCL, SupContrast): the cosine moves once an epoch; here: every
+    step, as in all recipes, because a step knows no epochs.
+    """
     c.optim = {
         'name': 'sgd',
         'learning_rate': learning_rate,
