@@ -23,24 +23,23 @@ def cifar10_small(c: Config) -> None:
 
 def cifar10(c: Config) -> None:
     """solo-learn's CIFAR-10 recipe."""
-    recipes.cifar10(c, epochs=1000.0, batch=256)
-    recipes.asymmetric(c)
-    del c.inputs.augment.blur
+    recipes.solo_learn(c, 0.3, 1e-4)
     c.method = {'name': 'barlow_twins', 'scale': 0.1, 'hidden': 2048, 'projection': 2048}
-    recipes.solo_lars(c, 0.3, 1e-4)
 
 
 def imagenet(c: Config) -> None:
-    """The authors' command; there biases and norms have a rate of their own, 0.0048."""
+    """The defaults of the authors' main.py."""
     recipes.imagenet(c, epochs=1000.0, batch=2048)
     recipes.asymmetric(c)
-    c.method = {'name': 'barlow_twins', 'scale': 0.024}
+    c.method = {'name': 'barlow_twins'}
     c.optim = {
         'name': 'lars',
         'learning_rate': 0.2,
+        'bias_rate': 0.0048 / 0.2,
         'weight_decay': 1e-6,
         'warmup': 0.01,
         'final_fraction': 0.001,
+        'classic_momentum': False,
     }
 
 

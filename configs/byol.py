@@ -23,19 +23,27 @@ def cifar10_small(c: Config) -> None:
 
 def cifar10(c: Config) -> None:
     """solo-learn's CIFAR-10 recipe."""
-    recipes.cifar10(c, epochs=1000.0, batch=256)
-    recipes.asymmetric(c)
-    del c.inputs.augment.blur
+    recipes.solo_learn(c, 1.0, 1e-5)
     c.method = {'name': 'byol', 'momentum': 0.99}
-    recipes.solo_lars(c, 1.0, 1e-5)
 
 
 def imagenet(c: Config) -> None:
-    """The authors' recipe for 300 epochs (byol/configs/byol.py of deepmind-research)."""
+    """The authors' recipe for 300 epochs (byol/configs/byol.py of deepmind-research).
+
+    Paper's code: contrast about each channel's mean, saturation as HSV's; here: about the mean
+    luma, and blended with the pixel's, because all recipes share torchvision's.
+    """
     recipes.imagenet(c, epochs=300.0, batch=4096)
     recipes.asymmetric(c)
+    c.inputs.augment.jitter.brightness_rule = 'additive'
     c.method = {'name': 'byol', 'momentum': 0.99}
-    c.optim = {'name': 'lars', 'learning_rate': 0.3, 'weight_decay': 1e-6, 'warmup': 10 / 300}
+    c.optim = {
+        'name': 'lars',
+        'learning_rate': 0.3,
+        'weight_decay': 1e-6,
+        'warmup': 10 / 300,
+        'classic_momentum': False,
+    }
 
 
 def folder(c: Config) -> None:

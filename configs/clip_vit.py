@@ -33,6 +33,7 @@ def webdataset(c: Config) -> None:
     c.data.holdout = 0.001
     c.method = CLIP
     c.optim.update({'warmup': 0.12, 'b1': 0.9, 'b2': 0.98, 'eps': 1e-6})
+    c.optim.decayed = recipes.TABLES_TOO
 
 
 def openai(c: Config) -> None:

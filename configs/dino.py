@@ -31,11 +31,9 @@ def cifar10_small(c: Config) -> None:
 
 def cifar10(c: Config) -> None:
     """solo-learn's CIFAR-10 recipe: two views, no local ones."""
-    recipes.cifar10(c, epochs=1000.0, batch=256)
-    recipes.asymmetric(c, blur=False)
+    recipes.solo_learn(c, 0.3, 1e-6)
     c.method = {'name': 'dino', 'prototypes': 4096, 'momentum': 0.9995}
     c.method['teacher_temperature'] = (0.07, 0.07)
-    recipes.solo_lars(c, 0.3, 1e-6)
     recipes.freeze(c, 1 / 1000, 'head/last')
 
 

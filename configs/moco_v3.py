@@ -9,6 +9,8 @@ from contrastive_jax import config as config_lib
 from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
+RESNET = {'name': 'moco_v3', 'layers': 2, 'predictor_batch_norm': False}
+
 
 def digits(c: Config) -> None:
     recipes.digits_vit(c)
@@ -22,34 +24,39 @@ def cifar10_small(c: Config) -> None:
 
 def cifar10(c: Config) -> None:
     """solo-learn's CIFAR-10 recipe."""
-    recipes.cifar10(c, epochs=1000.0, batch=256)
-    recipes.asymmetric(c)
-    del c.inputs.augment.blur
-    c.method = {'name': 'moco_v3', 'layers': 2, 'predictor_batch_norm': False}
-    recipes.solo_lars(c, 0.3, 1e-6)
+    recipes.solo_learn(c, 0.3, 1e-6)
+    c.method = RESNET
 
 
 def imagenet(c: Config) -> None:
     """ViT-S (CONFIG.md of the authors' code); 12 heads and random patch projection as there."""
     recipes.imagenet_vit(c, epochs=300.0, batch=4096)
     recipes.asymmetric(c)
+    c.inputs.crop.interpolation = 'bilinear'
     c.model.update({'heads': 12, 'freeze_patch_embedding': True})
     c.method = {'name': 'moco_v3', 'temperature': 0.2}
-    c.optim = {'name': 'adamw', 'learning_rate': 1.5e-4, 'weight_decay': 0.1, 'warmup': 40 / 300}
+    c.optim = {
+        'name': 'adamw',
+        'learning_rate': 1.5e-4,
+        'weight_decay': 0.1,
+        'warmup': 40 / 300,
+        'decayed': recipes.EVERYTHING,
+    }
 
 
 def imagenet_resnet(c: Config) -> None:
     """ResNet-50 for 300 epochs (CONFIG.md of the authors' code)."""
     recipes.imagenet(c, epochs=300.0, batch=4096)
     recipes.asymmetric(c)
-    c.inputs.crop.scale = (0.2, 1.0)
-    c.method = {
-        'name': 'moco_v3',
-        'temperature': 1.0,
-        'layers': 2,
-        'predictor_batch_norm': False,
+    c.inputs.crop.update({'scale': (0.2, 1.0), 'interpolation': 'bilinear'})
+    c.method = {**RESNET, 'temperature': 1.0}
+    c.optim = {
+        'name': 'lars',
+        'learning_rate': 0.3,
+        'weight_decay': 1e-6,
+        'warmup': 10 / 300,
+        'classic_momentum': False,
     }
-    c.optim = {'name': 'lars', 'learning_rate': 0.3, 'weight_decay': 1e-6, 'warmup': 10 / 300}
 
 
 def folder(c: Config) -> None:

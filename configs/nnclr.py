@@ -37,9 +37,8 @@ def cifar10_small(c: Config) -> None:
 
 def cifar10(c: Config) -> None:
     """solo-learn's CIFAR-10 recipe."""
-    recipes.cifar10(c, epochs=1000.0, batch=256)
+    recipes.solo_learn(c, 0.4, 1e-5)
     c.method = {'name': 'nnclr', 'temperature': 0.2, 'queue': 65536}
-    recipes.solo_lars(c, 0.4, 1e-5)
 
 
 def imagenet(c: Config) -> None:

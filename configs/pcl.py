@@ -39,6 +39,7 @@ def cifar10_small(c: Config) -> None:
 def cifar10(c: Config) -> None:
     """MoCo's CIFAR-10 notebook with the ImageNet recipe's ratio of images to clusters."""
     recipes.cifar10(c, epochs=200.0, batch=512)
+    recipes.torchvision(c)
     c.method = {
         'name': 'pcl',
         'temperature': 0.1,
@@ -47,15 +48,16 @@ def cifar10(c: Config) -> None:
         'clusters': (1000, 2000, 4000),
         'negatives': 0,
     }
-    c.optim = {'name': 'sgd', 'learning_rate': 0.03, 'weight_decay': 5e-4}
+    recipes.torch_sgd(c, 0.03, 5e-4)
 
 
 def imagenet(c: Config) -> None:
     """The authors' command (README and main_pcl.py of salesforce/PCL)."""
     recipes.imagenet(c, epochs=200.0, batch=256)
+    recipes.torchvision(c)
     recipes.moco_v2(c)
     c.method = {'name': 'pcl'}
-    c.optim = {'name': 'sgd', 'learning_rate': 0.03, 'weight_decay': 1e-4}
+    recipes.torch_sgd(c, 0.03, 1e-4)
 
 
 def folder(c: Config) -> None:

@@ -6,7 +6,9 @@ Presets: the usual ones and `:flickr8k` (docs/presets.md).
 
 Our NT-Xent is the mean over all views, half of the sum that the authors' code takes; LARS makes
 the step independent of that factor but for the weight decay, which counts twice here.
-BatchNorm's statistics are the global batch's, as in the authors' code.
+BatchNorm's statistics are the global batch's, as in the authors' code. Paper's code: contrast about
+each channel's mean, saturation as HSV's; here: about the mean luma, and blended with the pixel's,
+because all recipes share torchvision's.
 """
 
 from contrastive_jax import config as config_lib

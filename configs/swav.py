@@ -27,11 +27,9 @@ def cifar10_small(c: Config) -> None:
 def cifar10(c: Config) -> None:
     """solo-learn's CIFAR-10 recipe. There the queue fills from step 0 on and counts, with zeros,
     from epoch 50 on; here as in the authors' code. There prototypes' lengths are learned."""
-    recipes.cifar10(c, epochs=1000.0, batch=256)
-    c.inputs.augment.jitter = recipes.JITTER
-    c.inputs.augment.blur = {'prob': 0.5, 'sigma': (0.1, 2.0)}
+    recipes.solo_learn(c, 0.6, 1e-6)
+    recipes.simclr_views(c)
     c.method = {'name': 'swav', 'queue': 3840, 'queue_from': 50 / 1000}
-    recipes.solo_lars(c, 0.6, 1e-6)
     recipes.freeze(c, 2 / 1000, 'prototypes')
 
 

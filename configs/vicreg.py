@@ -22,11 +22,10 @@ def cifar10_small(c: Config) -> None:
 
 def cifar10(c: Config) -> None:
     """solo-learn's CIFAR-10 recipe."""
-    recipes.cifar10(c, epochs=1000.0, batch=256)
-    recipes.asymmetric(c)
-    del c.inputs.augment.blur
+    recipes.solo_learn(c, 0.3, 1e-4)
+    c.inputs.crop.scale = (0.2, 1.0)
+    c.inputs.augment.solarize = {'prob': 0.1}
     c.method = {'name': 'vicreg', 'hidden': 2048, 'projection': 2048}
-    recipes.solo_lars(c, 0.3, 1e-4)
 
 
 def imagenet(c: Config) -> None:
@@ -34,7 +33,14 @@ def imagenet(c: Config) -> None:
     recipes.imagenet(c, epochs=1000.0, batch=2048)
     recipes.asymmetric(c)
     c.method = {'name': 'vicreg'}
-    c.optim = {'name': 'lars', 'learning_rate': 0.2, 'weight_decay': 1e-6, 'warmup': 0.01}
+    c.optim = {
+        'name': 'lars',
+        'learning_rate': 0.2,
+        'weight_decay': 1e-6,
+        'warmup': 0.01,
+        'final_fraction': 0.001,
+        'classic_momentum': False,
+    }
 
 
 def folder(c: Config) -> None:

@@ -8,6 +8,11 @@ from typing import Any
 from contrastive_jax import config as config_lib
 from contrastive_jax.config import Config
 
+# Kinds of parameters that weight decay takes where the authors leave it to torch, and OpenCLIP's.
+EVERYTHING = ('kernels', 'embeddings', 'positions', 'tokens', 'vectors')
+TABLES_TOO = ('kernels', 'embeddings', 'positions')
+# Of MoCo's notebook and SupContrast: the mean of the images' own ones, not that of all pixels.
+CIFAR10_STD = (0.2023, 0.1994, 0.2010)
 # SimCLR, appendix A: strength 1 for ImageNet, 0.5 and no blur for CIFAR-10.
 JITTER = {'prob': 0.8, 'brightness': 0.8, 'contrast': 0.8, 'saturation': 0.8, 'hue': 0.2}
 HALF_JITTER = {'prob': 0.8, 'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.4, 'hue': 0.1}
@@ -137,15 +142,44 @@ def cifar10(c: Config, epochs: float, batch: int) -> None:
     c.evals = {'knn': {'k': 200, 'temperature': 0.1}, 'linear': {}}
 
 
-def solo_lars(c: Config, learning_rate: float, weight_decay: float) -> None:
-    """The optimiser of solo-learn's CIFAR-10 recipes."""
+def solo_learn(c: Config, learning_rate: float, weight_decay: float) -> None:
+    """solo-learn's CIFAR-10 recipe with an asymmetric pair, but for the method.
+
+    There the stem pads by 2, so that maps have 34 × 34 places; here by 1, as everywhere else.
+    """
+    cifar10(c, epochs=1000.0, batch=256)
+    asymmetric(c, blur=False)
+    c.model.zero_init_last = False
     c.optim = {
         'name': 'lars',
         'learning_rate': learning_rate,
         'weight_decay': weight_decay,
         'warmup': 0.01,
+        'initial_fraction': 3e-5 / learning_rate,
         'trust_coefficient': 0.02,
+        'clip_ratio': True,
+        'classic_momentum': False,
     }
+
+
+def torch_sgd(c: Config, learning_rate: float, weight_decay: float) -> None:
+    """SGD as torch's, of which authors set no more than this.
+
+    Paper's code (MoCo, SimSiam, PCL, SupContrast): the cosine moves once an epoch; here: every
+    step, as in all recipes, because a step knows no epochs.
+    """
+    c.optim = {
+        'name': 'sgd',
+        'learning_rate': learning_rate,
+        'weight_decay': weight_decay,
+        'decayed': EVERYTHING,
+    }
+
+
+def torchvision(c: Config) -> None:
+    """torchvision's defaults, where authors set nothing: the ResNet's start, how crops scale."""
+    c.model.zero_init_last = False
+    c.inputs.crop.interpolation = 'bilinear'
 
 
 def imagenet(c: Config, epochs: float, batch: int) -> None:
@@ -153,11 +187,7 @@ def imagenet(c: Config, epochs: float, batch: int) -> None:
     config_lib.dataset(c, 'imagenet')
     c.total_epochs, c.batch_size = epochs, batch
     c.eval_every = 10_000
-    c.inputs.augment = {
-        'jitter': JITTER,
-        'grayscale': {'prob': 0.2},
-        'blur': {'prob': 0.5, 'sigma': (0.1, 2.0)},
-    }
+    simclr_views(c)
     c.model = {'name': 'resnet', 'size': 50, 'stem': 'imagenet', 'dtype': 'bfloat16'}
     c.evals = {'knn': {'k': 20, 'temperature': 0.07}, 'linear': {}}
 
@@ -166,6 +196,15 @@ def imagenet_vit(c: Config, epochs: float, batch: int, size: str = 'S') -> None:
     """The same with a ViT of patch 16."""
     imagenet(c, epochs, batch)
     c.model = {'name': 'vit', 'size': size, 'patch': 16, 'pool': 'cls', 'dtype': 'bfloat16'}
+
+
+def simclr_views(c: Config) -> None:
+    """SimCLR's jitter for ImageNet, greyscale and blur."""
+    c.inputs.augment = {
+        'jitter': JITTER,
+        'grayscale': {'prob': 0.2},
+        'blur': {'prob': 0.5, 'sigma': (0.1, 2.0)},
+    }
 
 
 def asymmetric(c: Config, blur: bool = True) -> None:
@@ -180,13 +219,13 @@ def asymmetric(c: Config, blur: bool = True) -> None:
 
 
 def moco_v2(c: Config) -> None:
-    """MoCo v2's views: a weaker jitter, crops of at least a fifth."""
+    """MoCo v2's views: a weaker jitter, crops of at least a fifth, scaled bilinearly."""
     c.inputs.augment = {
-        'jitter': {**BYOL_JITTER, 'saturation': 0.4},
+        'jitter': HALF_JITTER,
         'grayscale': {'prob': 0.2},
         'blur': {'prob': 0.5, 'sigma': (0.1, 2.0)},
     }
-    c.inputs.crop.scale = (0.2, 1.0)
+    c.inputs.crop.update({'scale': (0.2, 1.0), 'interpolation': 'bilinear'})
 
 
 def multi_crop(c: Config, scale: float, local: int, size: int, least: float = 0.05) -> None:

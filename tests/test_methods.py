@@ -435,6 +435,56 @@ class TestText:
             assert np.allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(a).max())
 
 
+def test_siglip_whose_images_are_not_projected():
+    """big_vision's towers: the space is that of the image features; the texts' layer has a bias."""
+    options = {'project_images': False, 'projection': 16}
+    method = make('siglip', **options)
+    _, _, start = initial('siglip', 'vit', 0.1, **options)
+    assert 'projection' not in start.params
+    assert set(start.params['text']['projection']['linear1']) == {'kernel', 'bias'}
+    example = batch_of('siglip')
+    found = method.encode(start.params, start.extra, {'image': example['views'][:, 0]})
+    np.testing.assert_array_equal(found['embedding'], found['features'])
+    gradient, _ = jax.jit(jax.grad(method.loss, has_aux=True))(
+        start.params, start.extra, example, jax.random.key(0), jnp.float32(0)
+    )
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient['encoder']))
+    assert 'image_projection' not in method.encoders(start.params, start.extra)
+    with pytest.raises(UserError, match=r'projection: got 8;.*features, 16'):
+        initial('siglip', 'vit', 0.1, project_images=False, projection=8)
+
+
+def test_moco_adds_its_two_directions():
+    """The authors' notebook: loss_12 + loss_21, not their mean."""
+    _, _, start = initial('moco', 'vit', 0.1)
+    example = batch_of('moco')
+    swapped = {**example, 'views': example['views'][:, ::-1]}
+
+    def loss(batch, **options):
+        arguments = start.params, start.extra, batch, jax.random.key(0), jnp.float32(0)
+        return float(make('moco', **options).loss(*arguments)[0])
+
+    both = loss(example) + loss(swapped)
+    np.testing.assert_allclose(loss(example, symmetric=True), both, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('name', 'head', 'options'),
+    [
+        ('barlow_twins', 'projector', {}),
+        ('vicreg', 'projector', {}),
+        ('byol', 'projector', {}),
+        ('byol', 'predictor', {}),
+        ('moco_v3', 'predictor', {'predictor_batch_norm': False}),
+    ],
+)
+def test_last_layers_that_have_no_bias(name, head, options):
+    """In the authors' code."""
+    _, _, start = initial(name, 'vit', 0.1, **options)
+    last = max(key for key in start.params[head] if key.startswith('linear'))
+    assert set(start.params[head][last]) == {'kernel'}
+
+
 def test_clip_s_scale_never_counts_for_more_than_its_limit_and_can_fall_again():
     def slope(x, sign):
         return jax.grad(lambda x: sign * pair.at_most(x, 1.0))(jnp.float32(x))

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,75 @@ def test_a_queue_keeps_the_newest_in_order(b, k):
 def test_a_queue_starts_with_unit_vectors():
     queue = random_queue(jax.random.key(0), 6, 2, 8)
     np.testing.assert_allclose(np.linalg.norm(queue, axis=-1), np.ones((6, 2)), rtol=1e-6)
+
+
+def two_views():
+    """[8, 2, 8, 8, 3], the second with other moments, as where augmentation is asymmetric."""
+    x = np.random.default_rng(0).normal(size=(8, 2, 8, 8, 3))
+    x[:, 1] = 3 * x[:, 1] + 1
+    return jnp.float32(x)
+
+
+@pytest.mark.parametrize('parts', [1, 2])
+def test_batch_norm_sees_each_view_by_itself(parts):
+    """As one call for each view in their order does; the averages go from one to the next."""
+    small = resnet.make(stem='patch4', widths=(8,), blocks=(1,), zero_init_last=False)
+    encoder = models.Microbatched(small, parts)
+    heads = {'projector': MLP(8, 4, last_bias=False)}
+    chain, views = Chain(encoder, apart=True, **heads), two_views()
+    params, stats = chain.init(jax.random.key(0), views[:, 0])
+    outputs, after = chain.views(params, stats, views)
+    wanted = stats
+    for v in range(2):
+        alone, wanted = chain(params, wanted, views[:, v])
+        for name in ('encoder', 'projector'):
+            np.testing.assert_allclose(outputs[name][:, v], alone[name], 1e-5, 1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), after, wanted)
+
+    together, _ = Chain(encoder, **heads).views(params, stats, views)
+    assert not np.allclose(together['projector'], outputs['projector'], atol=0.1)
+    for train in (True, False):
+        one = [
+            c.views(params, stats, views[:, :1], train=train)[0] for c in (chain, Chain(encoder))
+        ]
+        np.testing.assert_array_equal(one[0]['encoder'], one[1]['encoder'])
+
+
+def test_what_has_no_batch_norm_is_called_once_for_all_views(monkeypatch):
+    rows = []
+    apply = models.apply
+
+    def counted(module, params, stats, x, *args, **options):
+        rows.append(len(x))
+        return apply(module, params, stats, x, *args, **options)
+
+    encoder = vit.make(width=16, depth=1, heads=2, patch=4)
+    chain, views = Chain(encoder, apart=True, projector=MLP(8, 4)), two_views()
+    params, stats = chain.init(jax.random.key(0), views[:, 0])
+    monkeypatch.setattr(models, 'apply', counted)
+    chain.views(params, stats, views)
+    assert rows == [16, 8, 8]
+    rows.clear()
+    chain.views(params, stats, views, train=False)
+    assert rows == [16, 16]
+
+
+class Noisy(nn.Module):
+    """BatchNorm of an image's mean, and noise that is drawn as stochastic depth is."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(x.mean((1, 2)))
+        noise = jax.random.normal(self.make_rng('drop'), x.shape) if train else 0.0
+        return x + noise, {}
+
+
+def test_each_view_draws_for_itself():
+    chain, view = Chain(Noisy(), apart=True), two_views()[:, :1]
+    params, stats = chain.init(jax.random.key(0), view[:, 0])
+    same = jnp.concatenate([view, view], axis=1)
+    out, _ = chain.views(params, stats, same, key=jax.random.key(1))
+    assert not np.allclose(out['encoder'][:, 0], out['encoder'][:, 1], atol=0.1)
 
 
 def test_schedules():

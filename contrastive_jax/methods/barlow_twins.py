@@ -25,13 +25,13 @@ def make(
     Args:
         model: the encoder.
         off_diagonal: λ, weight of the redundancy term, at least 0.
-        scale: factor of the loss, > 0: 0.024 in the authors' command, which SGD would feel.
+        scale: factor of the loss, > 0: 1 in the authors' code, 0.1 in solo-learn's recipe.
         projection: dimensions of the embeddings; the paper finds that many help.
         hidden: width of the projector's two hidden layers.
     """
     check_range('config.method', {'scale': scale}, above=0, who='barlow_twins')
     check_range('config.method', {'off_diagonal': off_diagonal}, least=0, who='barlow_twins')
-    network = Chain(model, projector=MLP(hidden, projection, layers=3))
+    network = Chain(model, apart=True, projector=MLP(hidden, projection, layers=3, last_bias=False))
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array

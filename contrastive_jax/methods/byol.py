@@ -2,6 +2,9 @@
 
 A predictor on top of the network foretells what a slowly moving copy of it says of the other view;
 there are no negatives.
+
+Paper's code: the target's first weights are another draw; here: a copy, as MoCo's, because the
+authors saw no difference.
 """
 
 import jax
@@ -34,7 +37,9 @@ def make(
     # The predictor's BatchNorm keeps gradients from a bias in front of it, so Adam would let it
     # wander, and the targets with it.
     projector = MLP(hidden, projection, last_bias=False)
-    network = Chain(model, projector=projector, predictor=MLP(hidden, projection))
+    network = Chain(
+        model, apart=True, projector=projector, predictor=MLP(hidden, projection, last_bias=False)
+    )
     target = Target(network, ('encoder', 'projector'), momentum_to_one(momentum))
 
     def loss(

@@ -3,6 +3,9 @@
 Images and their captions, each through its own encoder and a linear projection; a softmax over all
 pairs of the global batch, in both directions, with a learned temperature. With a frozen image
 encoder: LiT (Zhai et al. 2022, https://arxiv.org/abs/2111.07991).
+
+Paper's code: kernels start from normal distributions that narrow with width and depth; here: as
+the models' own do (Xavier's), because a method knows no layer of its encoders.
 """
 
 import math

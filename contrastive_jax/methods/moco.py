@@ -6,10 +6,10 @@ and with a queue of earlier keys. v2 adds a hidden layer to the head; the rest o
 schedule, temperature) is in the config.
 
 BatchNorm would give the answer away: a batch's keys carry that batch's statistics and the queue's
-carry others'. The authors shuffle the keys among GPUs, whose statistics differ. Here BatchNorm is
-over the global batch, so there is nothing to shuffle between; instead the keys are normalised by
-running averages, which follow the query network's as its weights do (EMAN, Cai et al. 2021,
-https://arxiv.org/abs/2101.08482): a key then depends on its own image alone.
+carry others'. Paper: BatchNorm over a GPU's images (eighths of the batch in the CIFAR-10 notebook),
+the keys' after a shuffle among them; here: queries by the global batch, because results do not
+depend on devices, and keys by running averages, which follow the query network's as its weights do
+(EMAN, Cai et al. 2021, https://arxiv.org/abs/2101.08482): a key depends on its own image alone.
 """
 
 import jax
@@ -48,7 +48,8 @@ def make(
         hidden: width of the head's hidden layer.
         layers: of the head: 1 (v1) or 2 (v2).
         batch_norm: in the head; the authors use none.
-        symmetric: each view is query and key in turn, as in the authors' CIFAR-10 notebook.
+        symmetric: each view is query and key in turn and the two losses are added, as in the
+            authors' CIFAR-10 notebook.
         key_norm: statistics of the key network's BatchNorm: 'running' (see above) or 'batch',
             those of the batch, for comparison.
     """
@@ -57,7 +58,7 @@ def make(
     check_range('config.method', {'queue': queue}, least=1, whole=True, who='moco')
     choose('key_norm', key_norm, dict.fromkeys(('running', 'batch')), 'config.method')
     head = MLP(hidden, projection, layers=layers, batch_norm=batch_norm)
-    network = Chain(model, projector=head)
+    network = Chain(model, apart=True, projector=head)
     target = Target(network, ('encoder', 'projector'), momentum, norm=key_norm)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
@@ -77,6 +78,7 @@ def make(
         query_RD = out['projector'].reshape(-1, projection)
         key_RD = unit(keys['projector'].reshape(-1, projection))
         value = info_nce(query_RD, key_RD, extra['queue'], temperature=temperature)
+        value *= to_query.shape[1]  # a sum over the directions, each a mean
         extra = {**extra, 'stats': stats, 'target': target_state}
         return value, Aux(extra, {}, {'keys': key_RD.reshape(*to_key.shape[:2], projection)})
 

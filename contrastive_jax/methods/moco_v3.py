@@ -41,8 +41,15 @@ def make(
     check_range('config.method', {'momentum': momentum}, least=0, most=1, who='moco_v3')
     network = Chain(
         model,
+        apart=True,
         projector=MLP(hidden, projection, layers, last_batch_norm=True, last_scale=False),
-        predictor=MLP(hidden, projection, last_batch_norm=predictor_batch_norm, last_scale=False),
+        predictor=MLP(
+            hidden,
+            projection,
+            last_batch_norm=predictor_batch_norm,
+            last_scale=False,
+            last_bias=False,
+        ),
     )
     target = Target(network, ('encoder', 'projector'), momentum_to_one(momentum))
 

@@ -2,6 +2,9 @@
 
 The positive of a view is not the other view's embedding but that embedding's nearest neighbour in a
 queue of earlier ones: another image that looks alike.
+
+The authors' code is not public. BatchNorm takes each view by itself, as Algorithm 1 has a call for
+each; heads are as in section 4.1.
 """
 
 import jax
@@ -40,6 +43,7 @@ def make(
     check_range('config.method', {'queue': queue}, least=1, whole=True, who='nnclr')
     network = Chain(
         model,
+        apart=True,
         projector=MLP(hidden, projection, layers=3, last_batch_norm=True),
         predictor=MLP(predictor, projection),
     )

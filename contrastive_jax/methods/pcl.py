@@ -3,6 +3,10 @@
 MoCo, and after every epoch an E-step: k-means of the momentum network's embeddings of the whole
 training set, for several numbers of clusters. In the M-step an image is also drawn to its clusters'
 prototypes, each with a temperature of its own, the concentration of its cluster (ProtoNCE, eq. 11).
+
+Paper's code: prototypes of the batch's other images are always among the negatives, beside r drawn
+ones; here: only if drawn, because r is 64 times the batch. Paper's code: the best k-means of five;
+here: one, because clusters are made anew every epoch.
 """
 
 from collections.abc import Sequence
@@ -28,7 +32,7 @@ def make(
     momentum: float = 0.999,
     queue: int = 16384,
     clusters: Sequence[int] = (25000, 50000, 100000),
-    negatives: int = 16000,
+    negatives: int = 16384,
     warmup: float = 0.1,
     iterations: int = 20,
     alpha: float = 10.0,

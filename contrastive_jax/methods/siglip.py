@@ -22,6 +22,7 @@ def make(
     projection: int = 768,
     logit_scale: float = 10.0,
     logit_bias: float = -10.0,
+    project_images: bool = True,
     locked: bool = False,
 ) -> Method:
     """SigLIP around an image and a text encoder.
@@ -30,12 +31,14 @@ def make(
         model: the image encoder.
         text: the text encoder.
         projection: dimensions of the shared space.
+        project_images: whether a linear layer leads from image features into it. False: the space
+            is that of the features, and the texts' linear layer has a bias, as in big_vision.
         logit_scale: t at the start, > 0; learned as its logarithm.
         logit_bias: b at the start, so that the many pairs that do not match start out as no's.
         locked: keep the image encoder as it is; give it weights by config.init_from.
     """
     check_range('config.method', {'logit_scale': logit_scale}, above=0, who='siglip')
-    pair = Pair(model, text, projection, locked)
+    pair = Pair(model, text, projection, locked, project_images, text_bias=not project_images)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
         del records

@@ -44,7 +44,7 @@ def make(
         last_scale=False,
         last_bias=False,
     )
-    network = Chain(model, projector=head, predictor=MLP(predictor, projection))
+    network = Chain(model, apart=True, projector=head, predictor=MLP(predictor, projection))
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array

@@ -1,6 +1,9 @@
 """SupCon (Khosla et al. 2020, https://arxiv.org/abs/2004.11362, eqs. 2 and 3).
 
 SimCLR with labels: every view of an image with the same label is a positive.
+
+Paper's code (SupContrast): the loss is τ / 0.07 times ours; BatchNorm over a GPU's images; here:
+over the global batch, all views together, because results do not depend on devices.
 """
 
 import jax

@@ -32,7 +32,7 @@ def make(
     """
     weights = {'invariance': invariance, 'variance': variance, 'covariance': covariance}
     check_range('config.method', weights, least=0, who='vicreg')
-    network = Chain(model, projector=MLP(hidden, projection, layers=3))
+    network = Chain(model, apart=True, projector=MLP(hidden, projection, layers=3, last_bias=False))
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array

@@ -18,12 +18,18 @@ from contrastive_jax.method import Batch, Tree
 class Chain:
     """The encoder and the heads after it, each on the output of the one before.
 
-    Parameters and BatchNorm averages are dicts by module name. BatchNorm sees all views of a call
-    together, as in SimCLR's code.
+    Parameters and BatchNorm averages are dicts by module name.
+
+    Args:
+        encoder: of images, or of whatever the batch holds.
+        apart: whose statistics BatchNorm takes of several views, over the global batch: of each
+            view by itself (True), as where the authors' code has a call for each, or of all
+            together (False), as in SimCLR's.
+        **heads: in their order, by name.
     """
 
-    def __init__(self, encoder: models.Encoder, **heads: Any):
-        self.encoder, self.heads = encoder, heads
+    def __init__(self, encoder: models.Encoder, *, apart: bool = False, **heads: Any):
+        self.encoder, self.apart, self.heads = encoder, apart, heads
 
     def init(self, key: jax.Array, images_BHWC: jax.Array, **inputs: Any) -> tuple[Tree, Tree]:
         """`(params, stats)`; inputs are the encoder's other ones."""
@@ -52,6 +58,7 @@ class Chain:
         *,
         train: bool = True,
         key: jax.Array | None = None,
+        views: int = 1,
         **inputs: Any,
     ) -> tuple[dict[str, Any], Tree]:
         """Runs the heads that params hold.
@@ -61,37 +68,39 @@ class Chain:
             images_BHWC: float, normalised.
             train: BatchNorm by the batch's statistics, not by the averages; stochastic depth.
             key: for what the encoder draws.
+            views: V where the rows are (b v) and BatchNorm takes each view by itself.
             **inputs: the encoder's other ones.
 
         Returns:
             The output of every module by its name, the encoder's intermediates as 'named', and the
             averages after this call.
         """
-        (x_BD, named), encoder_stats = models.apply(
-            self.encoder, params['encoder'], stats['encoder'], images_BHWC, train, key=key, **inputs
+        (x_BD, named), encoder_stats = _view_by_view(
+            *(self.encoder, params['encoder'], stats['encoder'], images_BHWC, train, views),
+            **{'key': key, **inputs},
         )
-        outputs, new = self.top(params, stats, x_BD, train)
+        outputs, new = self.top(params, stats, x_BD, train, views)
         return {**outputs, 'encoder': x_BD, 'named': named}, {**new, 'encoder': encoder_stats}
 
     def top(
-        self, params: Tree, stats: Tree, x_BD: jax.Array, train: bool = True
+        self, params: Tree, stats: Tree, x_BD: jax.Array, train: bool = True, views: int = 1
     ) -> tuple[dict[str, jax.Array], Tree]:
         """The outputs of the heads that params hold, on an encoder's, and their averages."""
         outputs, new = {}, {}
         for name, head in self.heads.items():
             if name in params:
-                x_BD, new[name] = models.apply(head, params[name], stats[name], x_BD, train)
+                x_BD, new[name] = _view_by_view(head, params[name], stats[name], x_BD, train, views)
                 outputs[name] = x_BD
         return outputs, new
 
     def views(
         self, params: Tree, stats: Tree, views_BVHWC: jax.Array, **options: Any
     ) -> tuple[dict[str, Any], Tree]:
-        """As a call, of all views at once: the outputs lead with [B, V]."""
+        """As a call, of all views: the outputs lead with [B, V]."""
         V = views_BVHWC.shape[1]
         # (b v): the views of one image stay on one device.
         images = rearrange(views_BVHWC, 'b v ... -> (b v) ...')
-        outputs, stats = self(params, stats, images, **options)
+        outputs, stats = self(params, stats, images, views=V if self.apart else 1, **options)
         outputs = jax.tree.map(lambda x: x.reshape(-1, V, *x.shape[1:]), outputs)
         return outputs, stats
 
@@ -105,6 +114,36 @@ class Chain:
     def encode(self, params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
         """`Method.encode` of a method whose `extra` holds this network's averages as 'stats'."""
         return self.features(params, extra['stats'], seen(batch))
+
+
+def _view_by_view(
+    module: Any,
+    params: Tree,
+    stats: Tree,
+    x: jax.Array,
+    train: bool,
+    views: int,
+    key: jax.Array | None = None,
+    **inputs: Any,
+) -> tuple[Any, Tree]:
+    """`models.apply` to each of the views in rows (b v); averages go from one view to the next.
+
+    A module without BatchNorm, and one that takes its averages, is called once, on all rows.
+    """
+    if views == 1 or not (train and stats):
+        return models.apply(module, params, stats, x, train, key=key, **inputs)
+    x_BV, inputs_BV = jax.tree.map(lambda x: x.reshape(-1, views, *x.shape[1:]), (x, inputs))
+    keys = [None] * views if key is None else jax.random.split(key, views)
+    found = []
+    for v in range(views):
+        rows, more = jax.tree.map(lambda x, v=v: x[:, v], (x_BV, inputs_BV))
+        outputs, stats = models.apply(module, params, stats, rows, train, key=keys[v], **more)
+        found.append(outputs)
+
+    def rows_of(*views: jax.Array) -> jax.Array:
+        return jnp.stack(views, axis=1).reshape(-1, *views[0].shape[1:])
+
+    return jax.tree.map(rows_of, *found), stats
 
 
 def seen(batch: Batch) -> jax.Array:

@@ -19,39 +19,54 @@ SIMILARITY = ('logit_scale', 'logit_bias')  # parameters of methods, where they 
 
 
 class Pair:
-    """An image and a text encoder, each with a linear projection (no bias) into the shared space.
+    """An image and a text encoder, each with a linear projection into the shared space.
 
     Parameters are {'encoder', 'projection', 'text': {'encoder', 'projection'}}, `extra` is
-    {'stats', 'text_stats'}. With `locked` the image encoder is not among the parameters but in
-    `extra`, where no gradient and no weight decay reach it, and has no projection: the shared space
-    is that of its features (LiT, Zhai et al. 2022, arXiv:2111.07991, section 3.3, "Lu").
+    {'stats', 'text_stats'}.
+
+    Args:
+        image, text: the encoders.
+        projection: dimensions of the shared space.
+        locked: the image encoder is not among the parameters but in `extra`, where no gradient and
+            no weight decay reach it, and is not projected (LiT, Zhai et al. 2022, arXiv:2111.07991,
+            section 3.3, "Lu").
+        project_images: False: the shared space is that of the image features.
+        text_bias: of the texts' projection; the images' has none.
     """
 
-    def __init__(self, image: models.Encoder, text: models.Encoder, projection: int, locked: bool):
-        def linear() -> MLP:
-            return MLP(1, projection, layers=1, last_bias=False)
-
+    def __init__(
+        self,
+        image: models.Encoder,
+        text: models.Encoder,
+        projection: int,
+        locked: bool,
+        project_images: bool = True,
+        text_bias: bool = False,
+    ):
         self.projection, self.locked = projection, locked
-        self.image = Chain(image) if locked else Chain(image, projection=linear())
-        self.text = Chain(text, projection=linear())
+        self.projected = project_images and not locked
+        linear = MLP(1, projection, layers=1, last_bias=False)
+        self.image = Chain(image, projection=linear) if self.projected else Chain(image)
+        self.text = Chain(text, projection=MLP(1, projection, layers=1, last_bias=text_bias))
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
         """`(params, extra)` from 'views' and 'text'.
 
         Raises:
-            UserError: a frozen encoder whose features are not of the space's size.
+            UserError: image features that are not of the space's size and are not projected.
         """
         keys = jax.random.split(key)
         params, stats = self.image.init(keys[0], batch['views'][:, 0])
         text, text_stats = self.text.init(keys[1], batch['text'])
         extra = {'stats': stats, 'text_stats': text_stats}
-        if self.locked:
+        if not self.projected:
             features = self.image.features(params, stats, batch['views'][:, 0])['features']
             if features.shape[1] != self.projection:
                 raise UserError(
-                    f'config.method.projection: got {self.projection}; with a frozen image encoder '
-                    f'the shared space is that of its features, {features.shape[1]}.'
+                    f'config.method.projection: got {self.projection}; without a projection of '
+                    f'images the shared space is that of their features, {features.shape[1]}.'
                 )
+        if self.locked:
             extra['frozen'] = params
             params = {}
         return {**params, 'text': text}, extra
@@ -72,7 +87,7 @@ class Pair:
             image_BE, stats = jax.lax.stop_gradient(image_BE), extra['stats']
         else:
             out, stats = self.image(params, extra['stats'], images, key=keys[0])
-            image_BE = out['projection']
+            image_BE = out['projection' if self.projected else 'encoder']
         out, text_stats = self.text(params['text'], extra['text_stats'], batch['text'], key=keys[1])
         return image_BE, out['projection'], {**extra, 'stats': stats, 'text_stats': text_stats}
 
@@ -98,7 +113,7 @@ class Pair:
             'text': (text['encoder'], extra['text_stats']['encoder']),
             'text_projection': (text['projection'], extra['text_stats']['projection']),
         }
-        if not self.locked:
+        if self.projected:
             found['image_projection'] = image['projection'], extra['stats']['projection']
         learned = {name: params[name] for name in SIMILARITY if name in params}
         return {**found, 'similarity': (learned, {})}
