@@ -46,7 +46,8 @@ def imagenet(c: Config) -> None:
     """ResNet-50 in an hour (Goyal et al. 2017, arXiv:1706.02677, section 5.1): 76.3 %.
 
     Paper: a tenth of the rate after 30, 60 and 80 epochs, a warm-up from 0.1 and Nesterov's
-    momentum; here: a cosine, a warm-up from 0 and the standard momentum, because `optim` has these.
+    momentum (`nesterov=1` in Caffe2's imagenet_trainer.py, too); here: a cosine, a warm-up from 0
+    and the standard momentum, because `optim` has these.
     Paper: BatchNorm over a GPU's 32 images; here: over the global batch, because results do not
     depend on devices. Paper: a classifier from N(0, 0.01²); here: from 0.
     """

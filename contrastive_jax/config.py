@@ -66,10 +66,10 @@ def check_range(
         whole: integers alone.
         who: asks for it, for errors: the name of a method.
     """
-    said = {'above': above, 'below': below, 'of at least': least, 'of at most': most}
+    said = {'above': above, 'of at least': least, 'below': below, 'of at most': most}
     if math.isfinite(least) and math.isfinite(most):
-        said = {f'from {least:g} to': most}
-    bounds = [f'{word} {bound:g}' for word, bound in said.items() if math.isfinite(bound)]
+        said = {f'from {least} to': most}
+    bounds = [f'{word} {bound}' for word, bound in said.items() if math.isfinite(bound)]
     expected = ' '.join(['a whole number' if whole else 'a number', ' and '.join(bounds)]).strip()
     kind: Any = numbers.Integral if whole else numbers.Real
     for name, value in values.items():
@@ -77,6 +77,15 @@ def check_range(
         if not (number and least <= value <= most and above < value < below):
             asks = f'{who} expects' if who else 'expected'
             raise UserError(f'{where}.{name}: got {value!r}; {asks} {expected}.')
+
+
+def each(name: str, values: Iterable[Any]) -> dict[str, Any]:
+    """The elements of a sequence as values for `check_range`.
+
+    >>> each('k', (1, 5))
+    {'k[0]': 1, 'k[1]': 5}
+    """
+    return {f'{name}[{i}]': value for i, value in enumerate(values)}
 
 
 def call(function: Callable, where: str, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from contrastive_jax import config as config_lib
 from contrastive_jax import data, parallel, weights
 from contrastive_jax import experiment as experiments
 from contrastive_jax import inputs as inputs_lib
-from contrastive_jax.config import Config, UserError
+from contrastive_jax.config import Config, UserError, check_range
 from contrastive_jax.data import BadRecord, text
 from contrastive_jax.data.bad_records import BadRecords
 from contrastive_jax.evaluation.subject import Subject, Weights
@@ -85,8 +85,7 @@ class Trained:
         tokenizer: Callable[[], text.Tokenizer],
         batch_size: int,
     ):
-        if batch_size < 1:
-            raise UserError(f'batch_size: got {batch_size}, expected at least 1.')
+        check_range('load', {'batch_size': batch_size}, least=1, whole=True)
         self.workdir, self.config, self.step = os.fspath(workdir), config, step
         self.inputs = experiments.build_inputs(config)
         self._tokenizer = tokenizer

@@ -173,10 +173,10 @@ def test_what_users_give(tmp_path):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'rate': 800}, r'inputs\.rate: got 800, expected a whole number of Hz from 1000'),
+        ({'rate': 800}, r'inputs\.rate: got 800; expected a whole number of at least 1000'),
         ({'rate': 8000.5}, 'rate: got 8000.5'),
-        ({'seconds': 0.05}, 'seconds: got 0.05, expected at least 0.1'),
-        ({'views': 0}, 'views: got 0, expected at least 1'),
+        ({'seconds': 0.05}, 'seconds: got 0.05; expected a number of at least 0.1'),
+        ({'views': 0}, 'views: got 0; expected a whole number of at least 1'),
     ],
 )
 def test_wrong_options_are_refused(options, message):

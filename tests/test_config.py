@@ -14,7 +14,7 @@ from contrastive_jax.config import UserError, check_range
         (0, {'above': 0}, 'a number above 0'),
         (-0.5, {'least': 0}, 'a number of at least 0'),
         (1.5, {'least': 0, 'most': 1}, 'a number from 0 to 1'),
-        (1, {'least': 0, 'below': 1}, 'a number below 1 and of at least 0'),
+        (1, {'least': 0, 'below': 1}, 'a number of at least 0 and below 1'),
         (0.0, {'above': 0, 'most': 1}, 'a number above 0 and of at most 1'),
         (3, {'most': 2, 'whole': True}, 'a whole number of at most 2'),
         (1.0, {'least': 1, 'whole': True}, 'a whole number of at least 1'),

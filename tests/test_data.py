@@ -247,15 +247,15 @@ def test_local_views_resume_and_are_the_same_on_any_processes():
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'local_views': -1}, r'config.inputs.local_views: got -1; expected at least 0'),
-        ({'local_size': 0}, r'config.inputs.local_size: got 0; expected at least 1'),
+        ({'local_views': -1}, r'config.inputs.local_views: got -1; expected a whole number'),
+        ({'local_size': 0}, r'config.inputs.local_size: got 0; expected a whole number'),
         (
             {'local_scale': (0.0, 0.4)},
-            r'config.inputs.local_scale: got \(0.0, 0.4\), expected 0 < low',
+            r'config.inputs.local_scale: got \(0.0, 0.4\); expected 0 < low',
         ),
         ({'local_scale': (0.4, 1.1)}, r'config.inputs.local_scale: .*high <= 1.0'),
         ({'local_scale': (0.4, 0.2)}, r'config.inputs.local_scale: got \(0.4, 0.2\)'),
-        ({'local_scale': (0.4,)}, r'config.inputs.local_scale: got \(0.4\), expected'),
+        ({'local_scale': (0.4,)}, r'config.inputs.local_scale: got \(0.4\); expected'),
     ],
 )
 def test_local_views_that_cannot_be(changes, message):
@@ -296,7 +296,7 @@ def test_batch_sizes_that_cannot_be():
         UserError, match='batch_size: got 32, but the training split has 20 records'
     ):
         train(Counting(20), batch_size=32)
-    with pytest.raises(UserError, match='got 8, expected a multiple of the 3 processes'):
+    with pytest.raises(UserError, match='got 8; expected a multiple of the 3 processes'):
         train(Counting(20), process_count=3)
     with pytest.raises(UserError, match=r'config.seed: got -1'):
         train(Counting(20), seed=-1)

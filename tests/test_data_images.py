@@ -197,7 +197,7 @@ def test_crop_options_are_checked():
     with pytest.raises(UserError, match=r"unknown interpolation 'cubic'. Did you mean 'bicubic'"):
         geometry.crop_options({'interpolation': 'cubic'})
     with pytest.raises(
-        UserError, match=r'crop.scale: got \(0.5, 2\), expected 0 < low <= high <= 1'
+        UserError, match=r'crop.scale: got \(0.5, 2\); expected 0 < low <= high <= 1'
     ):
         geometry.crop_options({'scale': (0.5, 2)})
     with pytest.raises(UserError, match='flip'):

@@ -272,7 +272,7 @@ def test_zeroshot_names_templates_and_files(tmp_path):
             zeroshot.make(prompts=str(both))
     with pytest.raises(UserError, match=r'expected one for each of the 7 .*sea_lion'):
         list(zeroshot.make(classes=['a', 'b'])(e))
-    with pytest.raises(UserError, match=r"another order: label 0's is 'Car', expected 'cat'"):
+    with pytest.raises(UserError, match=r"another order: label 0's is 'Car'; expected 'cat'"):
         list(zeroshot.make(classes=['Car', *NAMES[1:6], 'cat'])(e))
 
 

@@ -73,7 +73,7 @@ def test_long_texts_are_cut_with_the_end_kept_and_counted(tmp_path):
     assert tokenizer.truncated == (lengths > 5).sum() > 0
     assert tokenizer.seen == 3
     np.testing.assert_array_equal(ids[:, :4][lengths > 5], whole[:, :4][lengths > 5])
-    with pytest.raises(UserError, match='got length 2, expected at least 3'):
+    with pytest.raises(UserError, match='length: got 2; expected a whole number of at least 3'):
         train(tmp_path / 'c.json', length=2)
 
 
@@ -99,7 +99,7 @@ def test_the_vocabulary_is_at_most_what_was_asked(trained, tmp_path):
     many = [f'{a}{b}{a}{b} {c}' for a in 'abcdefgh' for b in 'ijklmnop' for c in 'uvw']
     assert train(tmp_path / 'a.json', many, vocabulary=300).vocabulary == 300
     assert train(tmp_path / 'b.json', ['abc'], vocabulary=5000).vocabulary == 258
-    with pytest.raises(UserError, match='got vocabulary 257, expected at least 258'):
+    with pytest.raises(UserError, match=r'vocabulary: got 257; .* of at least 258'):
         train(tmp_path / 'c.json', vocabulary=257)
     with pytest.raises(UserError, match='there are no texts'):
         train(tmp_path / 'c.json', [])

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from absl import logging
 
 from contrastive_jax import config
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, check_range
 
 
 class BadRecord(Exception):
@@ -123,8 +123,7 @@ def hold_out(
     Raises:
         UserError: fraction outside [0, 1).
     """
-    if not 0 <= fraction < 1:
-        raise UserError(f'config.data.holdout: got {fraction}, expected a share in [0, 1).')
+    check_range('config.data', {'holdout': fraction}, least=0, below=1)
     if fraction == 0:
         logging.info('no test split in %s, and config.data.holdout is 0: no test records', name)
         return {'train': source}

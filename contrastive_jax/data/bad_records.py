@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import logging
 
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, check_range
 from contrastive_jax.data import Source
 
 
@@ -29,8 +29,7 @@ class BadRecords:
     """
 
     def __init__(self, path: str | os.PathLike | None, total: int, max_fraction: float = 0.01):
-        if not 0 <= max_fraction <= 1:
-            raise UserError(f'bad records: max_fraction is {max_fraction}, expected 0 to 1.')
+        check_range('bad records', {'max_fraction': max_fraction}, least=0, most=1)
         self.path, self.total, self.max_fraction = path, total, max_fraction
         self._reasons: dict[str, str] = {}
         self._notes: set[str] = set()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, check_range
 
 START, END = '<|startoftext|>', '<|endoftext|>'
 # Their names in known vocabularies; GPT-2 has one token for both, T5 no start.
@@ -60,8 +60,7 @@ class Tokenizer:
         content: bytes,
         suffix: str = '.json',
     ):
-        if length < 3:
-            raise UserError(f'tokenizer: got length {length}, expected at least 3.')
+        check_range('tokenizer', {'length': length}, least=3, whole=True)
         self.name, self.content = FILES[suffix], content
         self.vocabulary, self.length, self.normalise = vocabulary.size, length, normalise
         self.end = vocabulary.end
@@ -167,8 +166,7 @@ def train_tokenizer(
     Raises:
         UserError: no texts, vocabulary below 258, length below 3, tokenizers not installed.
     """
-    if vocabulary < 258:
-        raise UserError(f'tokenizer: got vocabulary {vocabulary}, expected at least 258.')
+    check_range('tokenizer', {'vocabulary': vocabulary}, least=258, whole=True)
     lib = _import('tokenizers')
     model = lib.Tokenizer(lib.models.BPE())
     # A word brings the space before it, the first word too: one token wherever it stands.

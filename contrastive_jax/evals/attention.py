@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from contrastive_jax import evaluation, figures
-from contrastive_jax.config import UserError
+from contrastive_jax.config import check_range
 from contrastive_jax.evaluation import Evaluate
 from contrastive_jax.evaluation.subject import Subject
 
@@ -34,10 +34,8 @@ def make(count: int = 8, mass: float = 1.0) -> Evaluate:
 
     DINO (Caron et al. 2021, arXiv:2104.14294), figures 1 and 3.
     """
-    if count < 1:
-        raise UserError(f'config.evals.attention.count: got {count}, expected at least 1.')
-    if not 0 < mass <= 1:
-        raise UserError(f'config.evals.attention.mass: got {mass}, expected a share in (0, 1].')
+    check_range('config.evals.attention', {'count': count}, least=1, whole=True)
+    check_range('config.evals.attention', {'mass': mass}, above=0, most=1)
     say = evaluation.missed('Attention')
 
     def evaluate(subject: Subject) -> Iterator[tuple[str, bytes]]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from contrastive_jax import evaluation, parallel
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, check_range
 from contrastive_jax.evaluation import Evaluate, percent
 from contrastive_jax.evaluation.subject import Subject
 from contrastive_jax.networks.kmeans import kmeans
@@ -44,13 +44,8 @@ def make(
     (arXiv:1807.05520), eq. 3.
     """
     where = 'config.evals.clustering'
-    for name, value, least in (
-        ('clusters', clusters, 0),
-        ('restarts', restarts, 1),
-        ('iterations', iterations, 1),
-    ):
-        if value < least:
-            raise UserError(f'{where}.{name}: got {value}, expected at least {least}.')
+    check_range(where, {'clusters': clusters}, least=0, whole=True)
+    check_range(where, {'restarts': restarts, 'iterations': iterations}, least=1, whole=True)
     say = evaluation.missed('clustering')
 
     def evaluate(subject: Subject) -> Iterator[tuple[str, float]]:

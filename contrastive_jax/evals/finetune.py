@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from contrastive_jax import evaluation, models, optim, parallel
 from contrastive_jax import inputs as inputs_lib
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, check_range, each
 from contrastive_jax.data import Source
 from contrastive_jax.evaluation import Evaluate, few_labels
 from contrastive_jax.evaluation.subject import Subject, Weights
@@ -90,18 +90,13 @@ def make(
     """
     where = 'config.evals.finetune'
     few_labels.check(where, per_class, draws, fractions)
-    for name, value, fine, expected in (
-        ('epochs', epochs, epochs > 0, 'above 0'),
-        ('min_steps', min_steps, min_steps >= 1, 'at least 1'),
-        ('batch_size', batch_size, batch_size >= 1, 'at least 1'),
-        ('learning_rates', learning_rates, min(learning_rates, default=0) > 0, 'numbers above 0'),
-        ('weight_decay', weight_decay, weight_decay >= 0, 'at least 0'),
-        ('layer_decay', layer_decay, 0 < layer_decay <= 1, 'in (0, 1]'),
-        ('warmup', warmup, 0 <= warmup < 1, 'in [0, 1)'),
-        ('mixup', mixup, mixup >= 0, 'at least 0'),
-    ):
-        if not fine:
-            raise UserError(f'{where}.{name}: got {value}, expected {expected}.')
+    if not learning_rates:
+        raise UserError(f'{where}.learning_rates: got none; expected numbers above 0.')
+    check_range(where, {'epochs': epochs, **each('learning_rates', learning_rates)}, above=0)
+    check_range(where, {'min_steps': min_steps, 'batch_size': batch_size}, least=1, whole=True)
+    check_range(where, {'weight_decay': weight_decay, 'mixup': mixup}, least=0)
+    check_range(where, {'layer_decay': layer_decay}, above=0, most=1)
+    check_range(where, {'warmup': warmup}, least=0, below=1)
     few, rates = few_labels.named(per_class, fractions), sorted(learning_rates)
     say = evaluation.missed('fine-tuning')
     from_scratch: dict[tuple[Any, str], list[float]] = {}

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from contrastive_jax import evaluation, figures, parallel, similarity
-from contrastive_jax.config import UserError
+from contrastive_jax.config import check_range
 from contrastive_jax.evaluation import Evaluate, few_labels, percent
 from contrastive_jax.evaluation.subject import Subject, gather
 
@@ -58,10 +58,8 @@ def make(
     Wu et al. 2018, Unsupervised Feature Learning via Non-Parametric Instance Discrimination,
     section 3.4.
     """
-    if k < 1:
-        raise UserError(f'config.evals.knn.k: got {k}, expected at least 1.')
-    if temperature <= 0:
-        raise UserError(f'config.evals.knn.temperature: got {temperature}, expected above 0.')
+    check_range('config.evals.knn', {'k': k}, least=1, whole=True)
+    check_range('config.evals.knn', {'temperature': temperature}, above=0)
     few_labels.check('config.evals.knn', per_class, draws, fractions)
     few = few_labels.named(per_class, fractions)
     say = evaluation.missed('kNN')

@@ -17,7 +17,7 @@ from absl import logging
 from jax import lax
 
 from contrastive_jax import evaluation, parallel
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, check_range, each
 from contrastive_jax.evaluation import Evaluate, few_labels, logistic, percent
 from contrastive_jax.evaluation.subject import Subject, gather, put
 
@@ -86,16 +86,13 @@ def make(
     The protocol of Radford et al. 2021 (CLIP), appendix A.3, without its finer search.
     """
     where = 'config.evals.linear'
-    if not strengths or min(strengths) <= 0:
-        raise UserError(f'{where}.strengths: got {tuple(strengths)}, expected numbers above 0.')
-    if not 0 < validation_fraction < 1:
-        raise UserError(
-            f'{where}.validation_fraction: got {validation_fraction}, expected a share in (0, 1).'
-        )
-    if max_iterations < 1:
-        raise UserError(f'{where}.max_iterations: got {max_iterations}, expected at least 1.')
+    if not strengths:
+        raise UserError(f'{where}.strengths: got none; expected numbers above 0.')
+    check_range(where, each('strengths', strengths), above=0)
+    check_range(where, {'validation_fraction': validation_fraction}, above=0, below=1)
+    check_range(where, {'max_iterations': max_iterations}, least=1, whole=True)
     if not outputs:
-        raise UserError(f'{where}.outputs: got none, expected names of outputs of the encoder.')
+        raise UserError(f'{where}.outputs: got none; expected names of outputs of the encoder.')
     few_labels.check(where, per_class, draws, fractions)
     # Strongly regularised problems are solved in a few steps, and each is the next one's start.
     path = sorted(strengths, reverse=True)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from contrastive_jax import evaluation, figures, parallel
-from contrastive_jax.config import UserError
+from contrastive_jax.config import check_range
 from contrastive_jax.evals import knn
 from contrastive_jax.evaluation import Evaluate
 from contrastive_jax.evaluation.subject import Subject, gather
@@ -33,9 +33,7 @@ def make(count: int = 8, k: int = 10, label: str = 'label') -> Evaluate:
     Raises:
         UserError: a value outside its range.
     """
-    for key, value in (('count', count), ('k', k)):
-        if value < 1:
-            raise UserError(f'config.evals.neighbours.{key}: got {value}, expected at least 1.')
+    check_range('config.evals.neighbours', {'count': count, 'k': k}, least=1, whole=True)
     say = evaluation.missed('Nearest neighbours')
 
     def evaluate(subject: Subject) -> Iterator[tuple[str, bytes]]:

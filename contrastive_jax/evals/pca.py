@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from contrastive_jax import evaluation, figures
-from contrastive_jax.config import UserError
+from contrastive_jax.config import check_range
 from contrastive_jax.evaluation import Evaluate
 from contrastive_jax.evaluation.subject import Subject
 
@@ -37,8 +37,7 @@ def make(count: int = 16, foreground: bool = True) -> Evaluate:
 
     DINOv2 (Oquab et al. 2023, arXiv:2304.07193), figure 1 and section 7.6.
     """
-    if count < 1:
-        raise UserError(f'config.evals.pca.count: got {count}, expected at least 1.')
+    check_range('config.evals.pca', {'count': count}, least=1, whole=True)
     say = evaluation.missed('PCA of patches')
 
     def evaluate(subject: Subject) -> Iterator[tuple[str, bytes]]:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from contrastive_jax import evaluation, parallel, similarity
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, check_range, each
 from contrastive_jax.evaluation import Evaluate, percent
 from contrastive_jax.evaluation.subject import Subject, put
 
@@ -50,8 +50,7 @@ def make(
     Karpathy and Fei-Fei 2015, Deep Visual-Semantic Alignments, section 4.2.
     """
     check_k('config.evals.retrieval', k)
-    if tile < 1:
-        raise UserError(f'config.evals.retrieval.tile: got {tile}, expected at least 1.')
+    check_range('config.evals.retrieval', {'tile': tile}, least=1, whole=True)
     say = evaluation.missed('Retrieval')
 
     def evaluate(subject: Subject) -> Iterator[tuple[str, float]]:
@@ -102,8 +101,9 @@ def embed(subject: Subject, texts: Sequence[str]) -> np.ndarray:
 
 def check_k(where: str, k: Sequence[int]) -> None:
     """Raises UserError unless these are numbers of candidates."""
-    if not k or any(n < 1 for n in k):
-        raise UserError(f'{where}.k: got {tuple(k)}, expected numbers from 1.')
+    if not k:
+        raise UserError(f'{where}.k: got none; expected whole numbers of at least 1.')
+    check_range(where, each('k', k), least=1, whole=True)
 
 
 def ranks(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from contrastive_jax import evaluation, figures, parallel
-from contrastive_jax.config import UserError
+from contrastive_jax.config import check_range
 from contrastive_jax.evaluation import Evaluate
 from contrastive_jax.evaluation.subject import Subject
 
@@ -43,11 +43,10 @@ def make(
 
     van der Maaten and Hinton 2008, Visualizing Data using t-SNE.
     """
-    for key, value, least in (('count', count, 2), ('classes', classes, 1)):
-        if value < least:
-            raise UserError(f'config.evals.tsne.{key}: got {value}, expected at least {least}.')
-    if perplexity <= 0:
-        raise UserError(f'config.evals.tsne.perplexity: got {perplexity}, expected above 0.')
+    where = 'config.evals.tsne'
+    check_range(where, {'count': count}, least=2, whole=True)
+    check_range(where, {'classes': classes}, least=1, whole=True)
+    check_range(where, {'perplexity': perplexity}, above=0)
     say = evaluation.missed('t-SNE')
 
     def evaluate(subject: Subject) -> Iterator[tuple[str, bytes]]:

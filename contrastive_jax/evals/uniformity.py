@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from contrastive_jax import evaluation, parallel, similarity
-from contrastive_jax.config import UserError
+from contrastive_jax.config import check_range
 from contrastive_jax.data import BadRecord
 from contrastive_jax.evaluation import Evaluate
 from contrastive_jax.evaluation.subject import RECORDS, Subject
@@ -44,11 +44,8 @@ def make(t: float = 2.0, images: int = 1024, seed: int = 0, label: str = 'label'
     Wang and Isola 2020, arXiv:2005.10242, section 4 (α = 2).
     """
     where = 'config.evals.uniformity'
-    if not t > 0:
-        raise UserError(f'{where}.t: got {t}, expected above 0.')
-    if images < 0:
-        raise UserError(f'{where}.images: got {images}, expected at least 0.')
-
+    check_range(where, {'t': t}, above=0)
+    check_range(where, {'images': images}, least=0, whole=True)
     say = evaluation.missed('alignment')
 
     def evaluate(subject: Subject) -> Iterator[tuple[str, float]]:

@@ -68,7 +68,7 @@ def make(
     templates = file.get('templates') or ([templates] if isinstance(templates, str) else templates)
     for template in templates or ['']:
         if '{}' not in template:
-            raise UserError(f'{WHERE}.templates: got {template!r}, expected {{}} for the name.')
+            raise UserError(f'{WHERE}.templates: got {template!r}; expected {{}} for the name.')
     if twice := len(names) - len(set(names)):
         logging.warning('%s.classes: names of more than one class (%d) never win', WHERE, twice)
     say = evaluation.missed('Zero-shot classification')
@@ -114,7 +114,7 @@ def check(names: Sequence[str], classes: Sequence[str]) -> None:
     """Raises UserError where names (none: the data's own) cannot be those of the data's classes."""
     if names and len(names) != len(classes):
         raise UserError(
-            f'{WHERE}.classes: got {len(names)} names ({_some(names)}), expected one for each of '
+            f'{WHERE}.classes: got {len(names)} names ({_some(names)}); expected one for each of '
             f'the {len(classes)} classes of the data ({_some(classes)}).'
         )
     ours, theirs = ([c.casefold().replace('_', ' ') for c in some] for some in (names, classes))
@@ -122,7 +122,7 @@ def check(names: Sequence[str], classes: Sequence[str]) -> None:
         at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
         raise UserError(
             f"{WHERE}.classes: the names are those of the data in another order: label {at}'s is "
-            f'{names[at]!r}, expected {classes[at]!r}.'
+            f'{names[at]!r}; expected {classes[at]!r}.'
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from absl import logging
 
-from contrastive_jax.config import UserError
+from contrastive_jax.config import check_range, each
 from contrastive_jax.evaluation import percent
 
 
@@ -86,9 +86,7 @@ def check(
     where: str, per_class: Sequence[int], draws: int, fractions: Sequence[float] = ()
 ) -> None:
     """Raises UserError unless the options of the few-labels experiments make sense."""
-    if any(n < 1 for n in per_class):
-        raise UserError(f'{where}.per_class: got {tuple(per_class)}, expected numbers from 1.')
-    if any(not 0 < f <= 1 for f in fractions):
-        raise UserError(f'{where}.fractions: got {tuple(fractions)}, expected shares in (0, 1].')
-    if (per_class or fractions) and draws < 1:
-        raise UserError(f'{where}.draws: got {draws}, expected at least 1.')
+    check_range(where, each('per_class', per_class), least=1, whole=True)
+    check_range(where, each('fractions', fractions), above=0, most=1)
+    if per_class or fractions:
+        check_range(where, {'draws': draws}, least=1, whole=True)

@@ -130,8 +130,7 @@ def crop_options(crop: Mapping[str, Any], where: str = 'config.inputs.crop') -> 
     for key, most in (('scale', 1.0), ('ratio', math.inf)):
         if key in options:
             options[key] = span(options[key], most, f'{where}.{key}')
-    if not 0 <= options.get('flip', 0.5) <= 1:
-        raise config.UserError(f'{where}.flip: got {options["flip"]}, expected a probability.')
+    config.check_range(where, {'flip': options.get('flip', 0.5)}, least=0, most=1)
     return options
 
 
@@ -140,5 +139,5 @@ def span(value: Sequence[float], most: float, where: str) -> tuple[float, float]
     pair = tuple(value)
     if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
         shown = ', '.join(map(str, pair))
-        raise config.UserError(f'{where}: got ({shown}), expected 0 < low <= high <= {most}.')
+        raise config.UserError(f'{where}: got ({shown}); expected 0 < low <= high <= {most}.')
     return pair

@@ -18,7 +18,7 @@ from PIL import Image
 
 from contrastive_jax import augment as augmentation
 from contrastive_jax import figures
-from contrastive_jax.config import UserError
+from contrastive_jax.config import check_range
 from contrastive_jax.data import BadRecord, Record, decode
 from contrastive_jax.inputs import Batch, Inputs, Row, Transform, geometry
 
@@ -61,17 +61,11 @@ def make(
         UserError: an option that is unknown or out of range.
     """
     where = 'config.inputs'
-    for name, value, least in (
-        ('size', size, 1),
-        ('views', views, 1),
-        ('view_size', view_size, 0),
-        ('local_views', local_views, 0),
-        ('local_size', local_size, 1),
-    ):
-        if value < least:
-            raise UserError(f'{where}.{name}: got {value}; expected at least {least}.')
-    if not 0 < crop_fraction <= 1:
-        raise UserError(f'{where}.crop_fraction: got {crop_fraction}; expected a share in (0, 1].')
+    ones = {'size': size, 'views': views, 'local_size': local_size}
+    check_range(where, ones, least=1, whole=True)
+    zeros = {'view_size': view_size, 'local_views': local_views}
+    check_range(where, zeros, least=0, whole=True)
+    check_range(where, {'crop_fraction': crop_fraction}, above=0, most=1)
     options = geometry.crop_options(crop or {}, f'{where}.crop')
     scale = geometry.span(local_scale, 1.0, f'{where}.local_scale')
     side = view_size or size

@@ -17,7 +17,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from contrastive_jax.config import UserError
+from contrastive_jax.config import UserError, check_range
 from contrastive_jax.data import BadRecord, Source
 from contrastive_jax.data.bad_records import BadRecords
 from contrastive_jax.inputs import INDEX, Transform, empty, scalar
@@ -107,8 +107,7 @@ def train_iterator(
             f'config.batch_size: got {batch_size}, but the training split has {count} records; '
             f'expected at most {count}.'
         )
-    if not 0 <= seed < 2**64:
-        raise UserError(f'config.seed: got {seed}, expected 0 to 2**64 - 1.')
+    check_range('config', {'seed': seed}, least=0, most=2**64 - 1, whole=True)
     local = _local_rows(batch_size, process_count)
     chunk = _divisor(local, CHUNK)
     labels = tuple(source.classes)
@@ -261,7 +260,7 @@ def order(seed: tuple[int, ...], count: int) -> np.ndarray:
 def _local_rows(batch_size: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
-            f'config.batch_size: got {batch_size}, expected a multiple of the {process_count} '
+            f'config.batch_size: got {batch_size}; expected a multiple of the {process_count} '
             'processes.'
         )
     return batch_size // process_count

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 
 from contrastive_jax import figures
-from contrastive_jax.config import UserError
+from contrastive_jax.config import check_range
 from contrastive_jax.data import BadRecord, Record, sound
 from contrastive_jax.inputs import Batch, Inputs, Row, Transform
 
@@ -41,14 +41,10 @@ def make(*, rate: int, seconds: float, views: int = 1) -> Inputs:
         UserError: an option out of range.
     """
     where = 'config.inputs'
-    for name, value, fine, expected in (
-        ('rate', rate, rate >= 1000 and rate == int(rate), 'a whole number of Hz from 1000'),
-        ('seconds', seconds, seconds >= 0.1, 'at least 0.1'),
-        ('views', views, views >= 1, 'at least 1'),
-    ):
-        if not fine:
-            raise UserError(f'{where}.{name}: got {value}, expected {expected}.')
-    rate, length = int(rate), round(rate * seconds)
+    check_range(where, {'rate': rate}, least=1000, whole=True)
+    check_range(where, {'seconds': seconds}, least=0.1)
+    check_range(where, {'views': views}, least=1, whole=True)
+    length = round(rate * seconds)
 
     def training(count: int) -> Transform:
         def host(record: Record, rng: np.random.Generator) -> Row:

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from contrastive_jax.config import ROLES, UserError, defaults, flatten, updated
+from contrastive_jax.config import ROLES, UserError, check_range, defaults, flatten, updated
 from contrastive_jax.state import TrainState
 
 CONFIG = 'config.json'
@@ -31,8 +31,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int, best: str):
-        if keep < 1:
-            raise UserError(f'config.keep: got {keep}; expected at least 1.')
+        check_range('config', {'keep': keep}, least=1, whole=True)
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             epath.Path(workdir).absolute() / 'checkpoints',

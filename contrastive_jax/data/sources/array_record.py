@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.shards < 1:
-            raise UserError(f'--shards: got {options.shards}, expected 1 or more.')
+            raise UserError(f'--shards: got {options.shards}; expected at least 1.')
         if os.path.exists(options.out) and (
             not os.path.isdir(options.out) or os.listdir(options.out)
         ):
