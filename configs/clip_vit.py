@@ -50,7 +50,7 @@ def openai(c: Config) -> None:
     text = {'width': 512, 'depth': 12, 'heads': 8, **like}
     recipes.text_tower(c, vocabulary=49_408, length=77, **text)
     # The rate is 5e-4 for the whole batch.
-    c.optim.update({'learning_rate': 5e-4 / 128, 'weight_decay': 0.2, 'warmup': 0.005})
+    c.optim.update({'learning_rate': 5e-4 / 128, 'weight_decay': 0.2, 'warmup': 0.00512})
 
 
 def lit(c: Config) -> None:

@@ -24,37 +24,29 @@ def cifar10_small(c: Config) -> None:
 
 
 def cifar10(c: Config) -> None:
-    """The cross-entropy of SupCon's authors (main_ce.py of their code): ResNet-50, 95.0 %.
-
-    Theirs: the rate warms up from 0.01; here: from 0, because that is the warm-up of `optim`.
-    """
+    """The cross-entropy of SupCon's authors (main_ce.py of their code): ResNet-50, 95.0 %."""
     recipes.cifar10(c, epochs=500.0, batch=1024)
+    recipes.torchvision(c)
     c.inputs.views, c.inputs.augment, c.inputs.crop.scale = 1, {}, (0.2, 1.0)
-    c.model.size = 50
+    c.inputs.std, c.model.size = recipes.CIFAR10_STD, 50
     c.method = {'name': 'supervised', 'classes': 10}
-    # 0.8 for a batch of 1024
-    c.optim = {
-        'name': 'sgd',
-        'learning_rate': 0.2,
-        'weight_decay': 1e-4,
-        'warmup': 10 / 500,
-        'final_fraction': 1e-3,
-    }
+    recipes.torch_sgd(c, 0.2, 1e-4)  # 0.8 for a batch of 1024
+    c.optim.update({'warmup': 10 / 500, 'initial_fraction': 0.01 / 0.8, 'final_fraction': 1e-3})
 
 
 def imagenet(c: Config) -> None:
     """ResNet-50 in an hour (Goyal et al. 2017, arXiv:1706.02677, section 5.1): 76.3 %.
 
-    Paper: a tenth of the rate after 30, 60 and 80 epochs, a warm-up from 0.1 and Nesterov's
-    momentum (`nesterov=1` in Caffe2's imagenet_trainer.py, too); here: a cosine, a warm-up from 0
-    and the standard momentum, because `optim` has these.
+    Paper: a tenth of the rate after 30, 60 and 80 epochs; here: a cosine, because `optim` has that.
     Paper: BatchNorm over a GPU's 32 images; here: over the global batch, because results do not
     depend on devices. Paper: a classifier from N(0, 0.01²); here: from 0.
     """
     recipes.imagenet(c, epochs=90.0, batch=8192)
     c.inputs.views, c.inputs.augment = 1, {}
     c.method = {'name': 'supervised', 'classes': 1000}
-    c.optim = {'name': 'sgd', 'learning_rate': 0.1, 'weight_decay': 1e-4, 'warmup': 5 / 90}
+    # From 0.1 to 3.2.
+    c.optim = {'name': 'sgd', 'learning_rate': 0.1, 'weight_decay': 1e-4, 'nesterov': True}
+    c.optim.update({'warmup': 5 / 90, 'initial_fraction': 0.1 / 3.2})
 
 
 def folder(c: Config) -> None:

@@ -262,6 +262,8 @@ def updated(config: Mapping[str, Any]) -> dict[str, Any]:
         config: as a run's config.json or a file of weights has it.
     """
     found = copy.deepcopy(dict(config))
+    # A share of the run; config.optim.modules says it now. Runs that had it can be looked at alone.
+    found.get('method', {}).pop('frozen', None)
     if 'inputs' in found:
         return found
     found['inputs'] = inputs = json.loads(json.dumps(_IMAGES))

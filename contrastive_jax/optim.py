@@ -89,12 +89,15 @@ def _adamw(
 
 
 def _sgd(
-    rate: optax.Schedule, weight_decay: Decay, mask: Mask, momentum: float = 0.9
+    rate: optax.Schedule,
+    weight_decay: Decay,
+    mask: Mask,
+    momentum: float = 0.9,
+    nesterov: bool = False,
 ) -> optax.GradientTransformation:
-    """SGD with heavy-ball momentum and L2 decay added to the gradient, as torch's."""
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=mask), optax.sgd(rate, momentum=momentum)
-    )
+    """SGD with momentum and L2 decay added to the gradient, as torch's."""
+    decay = optax.add_decayed_weights(weight_decay, mask=mask)
+    return optax.chain(decay, optax.sgd(rate, momentum=momentum, nesterov=nesterov))
 
 
 def _clipped_ratio(rate: optax.Schedule, coefficient: float) -> optax.GradientTransformation:
@@ -314,7 +317,7 @@ def make(
             'b1': 0.5}}. Every key but those of all modules together: layer_decay,
             patch_embedding_rate, bias_rate, clip_norm and clip_by. With another `name`, `options`
             are not those of the others.
-        **options: adamw: b1, b2, eps; sgd: momentum; lars: momentum, trust_coefficient,
+        **options: adamw: b1, b2, eps; sgd: momentum, nesterov; lars: momentum, trust_coefficient,
             classic_momentum (True: the learning rate is within the momentum, as in SimCLR's code;
             False: outside, as in torch), clip_ratio (a tensor's rate is the smaller one of
             learning rate and trust ratio, not their product: LARC, solo-learn); lamb: b1, b2, eps.

@@ -121,7 +121,7 @@ def test_four_steps_match_the_paper(oracle, clip, final):
     ('name', 'options'),
     [
         ('adamw', {'b1': 0.5, 'b2': 0.95, 'eps': 0.1}),
-        ('sgd', {'momentum': 0.5}),
+        ('sgd', {'momentum': 0.5, 'nesterov': True}),
         ('lars', {'momentum': 0.5, 'trust_coefficient': 0.02}),
         ('lamb', {'b1': 0.5, 'b2': 0.95, 'eps': 0.1}),
     ],
