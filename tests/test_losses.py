@@ -115,19 +115,38 @@ def log_mean_exp(xp, x, keep):
     return top + xp.log(total) - np.log(keep.sum(1))
 
 
-def clip_oracle(xp, image, text, scale):
-    logits = scale * dense_cosine(xp, image, text)
-    own = np.eye(len(image), dtype=bool)
-    total = 0.0
-    for side in (logits, logits.T):
-        total += (log_mean_exp(xp, side, np.ones_like(own)) + np.log(len(image))).mean()
-    return total / 2 - (xp.where(own, logits, 0.0).sum(1)).mean()
+def log_sum_exp(xp, x, keep):
+    return log_mean_exp(xp, x, keep) + np.log(keep.sum(1))
 
 
-def siglip_oracle(xp, image, text, scale, bias):
-    logits = scale * dense_cosine(xp, image, text) + bias
-    z = 2 * np.eye(len(image)) - 1
-    return xp.logaddexp(0.0, -z * logits).sum() / len(image)
+def clip_oracle(same_text='negative'):
+    def oracle(xp, image, text, scale, texts=None):
+        logits = scale * dense_cosine(xp, image, text)
+        own = np.eye(len(image), dtype=bool)
+        same = own if texts is None or same_text == 'negative' else texts[:, None] == texts[None]
+        # An image's score with a text that equals its own is the score with its own.
+        own_score = xp.where(own, logits, 0.0).sum(1)
+        logits = xp.where(same, own_score[:, None], logits)
+        total = 0.0
+        for counts, score, good in (
+            (own | ~same, logits, own) if same_text == 'mask' else (own | True, logits, same),
+        ):
+            for side in (score, score.T):
+                total += (log_sum_exp(xp, side, counts) - log_sum_exp(xp, side, good)).mean()
+        return total / 2
+
+    return oracle
+
+
+def siglip_oracle(same_text='negative'):
+    def oracle(xp, image, text, scale, bias, texts=None):
+        logits = scale * dense_cosine(xp, image, text) + bias
+        own = np.eye(len(image), dtype=bool)
+        same = own if texts is None or same_text == 'negative' else texts[:, None] == texts[None]
+        z = np.where(own, 1, np.where(same, {'positive': 1, 'mask': 0, 'negative': -1}[same_text], -1))
+        return xp.where(z != 0, xp.logaddexp(0.0, -z * logits), 0.0).sum() / len(image)
+
+    return oracle
 
 
 def sup_con_oracle(log):
@@ -229,10 +248,10 @@ def labelled(rng, B, D):
 
 # name -> (random arguments, of which the trailing integers are labels, the oracle, ours)
 CASES = {
-    'clip': (two_views, clip_oracle, losses.clip),
+    'clip': (two_views, clip_oracle(), losses.clip),
     'siglip': (
         lambda rng, B, D: (*two_views(rng, B, D), np.float32(rng.normal())),
-        siglip_oracle,
+        siglip_oracle(),
         losses.siglip,
     ),
     'n_pair': (
@@ -257,6 +276,21 @@ CASES = {
         ),
     ),
 }
+for same_text in losses.SAME_TEXT:
+    CASES[f'clip_{same_text}'] = (
+        lambda rng, B, D: (*two_views(rng, B, D), labelled(rng, B, D)[1]),
+        clip_oracle(same_text),
+        functools.partial(losses.clip, same_text=same_text),
+    )
+    CASES[f'siglip_{same_text}'] = (
+        lambda rng, B, D: (
+            *two_views(rng, B, D),
+            np.float32(rng.normal()),
+            labelled(rng, B, D)[1],
+        ),
+        siglip_oracle(same_text),
+        functools.partial(losses.siglip, same_text=same_text),
+    )
 for log in ('out', 'in'):
     CASES[f'sup_con_{log}'] = (
         lambda rng, B, D: (

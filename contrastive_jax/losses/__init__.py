@@ -1,13 +1,7 @@
 """Pure functions of embeddings. They see the global batch and store no matrix of scores."""
 
-from contrastive_jax.losses.contrastive import (
-    clip,
-    info_nce,
-    nt_xent,
-    proto_nce,
-    siglip,
-    sup_con,
-)
+from contrastive_jax.losses.captions import SAME_TEXT, clip, equal_rows, siglip
+from contrastive_jax.losses.contrastive import info_nce, nt_xent, proto_nce, sup_con
 from contrastive_jax.losses.distillation import (
     centre,
     cosine_distance,
@@ -22,10 +16,12 @@ from contrastive_jax.losses.redundancy import barlow_twins, koleo, output_std, v
 from contrastive_jax.losses.scores import unit
 
 __all__ = [
+    'SAME_TEXT',
     'barlow_twins',
     'centre',
     'clip',
     'cosine_distance',
+    'equal_rows',
     'info_nce',
     'koleo',
     'masked',

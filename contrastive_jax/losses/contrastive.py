@@ -1,4 +1,4 @@
-"""Contrastive losses as reductions of `similarity`: softmax and sigmoid of scores.
+"""Contrastive losses as reductions of `similarity`: softmax of scores.
 
 Call them on the whole batch: under `jax.set_mesh(mesh)` with rows sharded on the mesh's first axis
 every device's rows meet every other device's. Embeddings come in unnormalised, in any floating
@@ -175,90 +175,6 @@ def proto_nce(
     # float32 before the rows are picked: what several embeddings add to one prototype is, too.
     positive_B = jnp.sum(unit(embeddings_BD) * unit(prototypes_KD)[assignment_B], axis=-1)
     return jnp.mean(jax.nn.softplus(negatives_B - positive_B / concentration_K[assignment_B]))
-
-
-def clip(
-    image_BD: jax.Array,
-    text_BD: jax.Array,
-    logit_scale: float | jax.Array,
-    *,
-    tile: int = TILE,
-    exchange: str = 'auto',
-) -> jax.Array:
-    """Softmax loss over pairs, in both directions (CLIP, Radford et al. 2021, figure 3).
-
-    The mean of `−log exp(t·s_ii) / Σ_j exp(t·s_ij)` over images i and of the same over texts, with
-    s the cosine. One pass over the scores serves both directions.
-
-    Args:
-        image_BD, text_BD: embeddings, row-aligned; need not be normalised.
-        logit_scale: t > 0, the factor itself (the exponential of what CLIP learns): 1 / τ.
-        tile, exchange: see `similarity.logsumexp`.
-
-    Returns:
-        float32 scalar, at least 0; 0 for B = 1.
-
-    Raises:
-        ValueError: shapes that differ; a scale that is not above 0.
-
-    >>> f'{clip(jnp.eye(2), jnp.eye(2), logit_scale=2.0):.4f}'
-    '0.1269'
-    """
-    check_pairs('clip', image_BD, text_BD)
-    check_positive('clip', 'logit_scale', logit_scale)
-    images, texts, dtype = _pairs(image_BD, text_BD)
-
-    def negatives(image: dict, text: dict) -> jax.Array:
-        paired_mn = image['pair'][:, None] == text['pair'][None, :]
-        return jnp.where(paired_mn, -jnp.inf, logit_scale * cosine(image, text, dtype))
-
-    over_texts_B, over_images_B = similarity.logsumexp_both(
-        negatives, images, texts, tile=tile, exchange=exchange
-    )
-    positive_B = logit_scale * jnp.sum(unit(image_BD) * unit(text_BD), axis=-1)
-    losses_B = jax.nn.softplus(over_texts_B - positive_B)
-    return jnp.mean(losses_B + jax.nn.softplus(over_images_B - positive_B)) / 2
-
-
-def siglip(
-    image_BD: jax.Array,
-    text_BD: jax.Array,
-    logit_scale: float | jax.Array,
-    logit_bias: float | jax.Array,
-    *,
-    tile: int = TILE,
-    exchange: str = 'auto',
-) -> jax.Array:
-    """Sigmoid loss over all pairs (SigLIP, Zhai et al. 2023, eq. 1).
-
-    `−1/B Σ_ij log σ(z_ij (t·s_ij + b))` with s the cosine and z 1 for a pair, −1 otherwise.
-
-    Args:
-        image_BD, text_BD: embeddings, row-aligned; need not be normalised.
-        logit_scale: t > 0, the factor itself (the exponential of what SigLIP learns).
-        logit_bias: b.
-        tile, exchange: see `similarity.logsumexp`.
-
-    Returns:
-        float32 scalar, at least 0.
-
-    Raises:
-        ValueError: shapes that differ; a scale that is not above 0.
-
-    >>> f'{siglip(jnp.eye(2), jnp.eye(2), logit_scale=10.0, logit_bias=-10.0):.4f}'
-    '0.6932'
-    """
-    check_pairs('siglip', image_BD, text_BD)
-    check_positive('siglip', 'logit_scale', logit_scale)
-    images, texts, dtype = _pairs(image_BD, text_BD)
-    B = image_BD.shape[0]
-
-    def term(image: dict, text: dict) -> jax.Array:
-        paired_mn = image['pair'][:, None] == text['pair'][None, :]
-        logits_mn = logit_scale * cosine(image, text, dtype) + logit_bias
-        return jax.nn.softplus(jnp.where(paired_mn, -logits_mn, logits_mn)) / B
-
-    return similarity.sum(term, images, texts, tile=tile, exchange=exchange)
 
 
 def sup_con(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import losses, models
-from contrastive_jax.config import check_range
+from contrastive_jax.config import check_range, choose
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.pair import Pair, at_most
 
@@ -27,6 +27,7 @@ def make(
     temperature: float = 0.07,
     most: float = 100.0,
     locked: bool = False,
+    same_text: str = 'negative',
 ) -> Method:
     """CLIP around an image and a text encoder.
 
@@ -37,8 +38,11 @@ def make(
         temperature: τ at the start, > 0; learned as log 1/τ (section 2.5).
         most: of 1/τ, > 0; the paper clips it at 100 for stability.
         locked: keep the image encoder as it is, LiT; give it weights by config.init_from.
+        same_text: what an image and another one's text that equals its own are to each other:
+            'negative' as in the paper, 'mask' or 'positive'; see losses.clip.
     """
     check_range('config.method', {'temperature': temperature, 'most': most}, above=0, who='clip')
+    choose('same_text', same_text, dict.fromkeys(losses.SAME_TEXT), 'config.method')
     pair = Pair(model, text, projection, locked)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
@@ -52,7 +56,8 @@ def make(
         del progress
         image_BE, text_BE, extra = pair(params, extra, batch, key)
         scale = jnp.exp(at_most(params['logit_scale'], math.log(most)))
-        value = losses.clip(image_BE, text_BE, scale)
+        texts = losses.equal_rows(batch['text'])
+        value = losses.clip(image_BE, text_BE, scale, texts, same_text=same_text)
         # log B − loss bounds the mutual information from below, in nats (van den Oord et al. 2018).
         bound = jnp.log(jnp.float32(len(image_BE))) - value
         return value, Aux(extra, {'mutual_information_bound': bound, 'logit_scale': scale})

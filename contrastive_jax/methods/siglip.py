@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax import losses, models
-from contrastive_jax.config import check_range
+from contrastive_jax.config import check_range, choose
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.pair import Pair
 
@@ -24,6 +24,7 @@ def make(
     logit_bias: float = -10.0,
     project_images: bool = True,
     locked: bool = False,
+    same_text: str = 'negative',
 ) -> Method:
     """SigLIP around an image and a text encoder.
 
@@ -36,8 +37,11 @@ def make(
         logit_scale: t at the start, > 0; learned as its logarithm.
         logit_bias: b at the start, so that the many pairs that do not match start out as no's.
         locked: keep the image encoder as it is; give it weights by config.init_from.
+        same_text: what an image and another one's text that equals its own are to each other:
+            'negative' as in the paper, 'mask' or 'positive'; see losses.siglip.
     """
     check_range('config.method', {'logit_scale': logit_scale}, above=0, who='siglip')
+    choose('same_text', same_text, dict.fromkeys(losses.SAME_TEXT), 'config.method')
     pair = Pair(model, text, projection, locked, project_images, text_bias=not project_images)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
@@ -52,7 +56,8 @@ def make(
         del progress
         image_BE, text_BE, extra = pair(params, extra, batch, key)
         scale, bias = jnp.exp(params['logit_scale']), params['logit_bias']
-        value = losses.siglip(image_BE, text_BE, scale, bias)
+        texts = losses.equal_rows(batch['text'])
+        value = losses.siglip(image_BE, text_BE, scale, bias, texts, same_text=same_text)
         return value, Aux(extra, {'logit_scale': scale, 'logit_bias': bias})
 
     return Method(init, loss, pair.encode, encoders=pair.encoders)
