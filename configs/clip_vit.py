@@ -9,7 +9,13 @@ from contrastive_jax import config as config_lib
 from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
-CLIP = {'name': 'clip', 'projection': 512, 'temperature': 0.07, 'locked': False}
+CLIP = {
+    'name': 'clip',
+    'projection': 512,
+    'temperature': 0.07,
+    'locked': False,
+    'same_text': 'negative',
+}
 
 
 def digits(c: Config) -> None:

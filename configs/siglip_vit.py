@@ -10,7 +10,8 @@ from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
 BOTH_WAYS = {'causal': False}  # every token of a text sees every other
-SIGLIP = {'name': 'siglip', 'projection': 768, 'logit_scale': 10.0, 'logit_bias': -10.0}
+START = {'logit_scale': 10.0, 'logit_bias': -10.0}
+SIGLIP = {'name': 'siglip', 'projection': 768, 'same_text': 'negative', **START}
 # −10 is for batches of thousands, in which as many times more pairs do not match.
 SMALL_BATCH = {**SIGLIP, 'logit_bias': -2.71}
 

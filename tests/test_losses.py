@@ -143,7 +143,9 @@ def siglip_oracle(same_text='negative'):
         logits = scale * dense_cosine(xp, image, text) + bias
         own = np.eye(len(image), dtype=bool)
         same = own if texts is None or same_text == 'negative' else texts[:, None] == texts[None]
-        z = np.where(own, 1, np.where(same, {'positive': 1, 'mask': 0, 'negative': -1}[same_text], -1))
+        z = np.where(
+            own, 1, np.where(same, {'positive': 1, 'mask': 0, 'negative': -1}[same_text], -1)
+        )
         return xp.where(z != 0, xp.logaddexp(0.0, -z * logits), 0.0).sum() / len(image)
 
     return oracle

@@ -3,12 +3,11 @@
 Dimension key: B global batch, b rows of one process, T tokens, N records.
 
 Position g = 0, 1, 2, ... runs over the rows of all global batches: batch j holds positions
-[j·B, (j+1)·B). Epoch g // N visits the records in the order of a permutation keyed by (seed, epoch)
-and what is drawn for a row is keyed by (seed, g). Nothing else enters, so a position's row is the
-same for every process count, thread count and restart.
+[j·B, (j+1)·B). `Order` says which record is at a position, and what is drawn for a row is keyed by
+(seed, g). Nothing else enters, so a position's row is the same for every process count, thread
+count and restart.
 """
 
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,10 +20,12 @@ from contrastive_jax.config import UserError, check_range
 from contrastive_jax.data import BadRecord, Source
 from contrastive_jax.data.bad_records import BadRecords
 from contrastive_jax.inputs import INDEX, Transform, empty, scalar
+from contrastive_jax.inputs.order import Order
 
 # Rows that one thread builds at a time: few enough that a large batch of photographs is spread
 # over the threads, many enough that grain's cost of 50 to 100 µs an element disappears.
 CHUNK = 64
+TRIES = 8  # batches ahead in which a replacement of a bad record is looked for
 SMALL_RECORD = 64 * 64 * 3  # bytes; threads that make rows of smaller ones contend for the GIL
 
 
@@ -79,7 +80,9 @@ def train_iterator(
 ) -> BatchIterator:
     """An endless stream of training batches, reshuffled every epoch, checkpointable.
 
-    A record that cannot be used is registered in `bad` and replaced by the next one that can.
+    No batch holds a record twice. One that cannot be used is registered in `bad` and replaced by
+    one that can; by one of the same batch only if no other is found, which takes data of less than
+    two batches or many bad records.
 
     Args:
         source: N records, N >= batch_size.
@@ -113,12 +116,25 @@ def train_iterator(
     labels = tuple(source.classes)
     shapes = {**transform.shapes, **{name: scalar() for name in (*labels, INDEX)}}
 
+    order = Order(seed, count, batch_size)
+
+    def candidates(position: int) -> Iterator[int]:
+        """The position's record; those of its row in the next batches, unless this batch has them;
+        and where none of these can be used, all, from its own on.
+
+        Rows of one batch have different ones, so that two replacements are not the same either.
+        """
+        first = order(position)
+        yield first
+        batch = order.batch_of(position)
+        for ahead in range(1, TRIES + 1):
+            if (index := order(position + ahead * batch_size)) not in batch:
+                yield index
+        yield from ((first + hop) % count for hop in range(1, count))
+
     def made(position: int) -> Mapping[str, Any]:
-        """The position's row: of its record, or of the next one in the source that can be used."""
-        epoch, place = divmod(position, count)
-        first = int(order((seed, epoch), count)[place])
-        for hop in range(count):
-            index = (first + hop) % count
+        """The position's row: of its record, or of the next candidate that can be used."""
+        for index in candidates(position):
             try:
                 record: Any = source[index]
                 key = np.array([seed, position], np.uint64)
@@ -248,13 +264,6 @@ def _batches(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     dataset = grain.MapDataset.range(chunks).map(rows).to_iter_dataset(options)
     return BatchIterator(iter(dataset), per_batch)
-
-
-@functools.lru_cache(maxsize=4)
-def order(seed: tuple[int, ...], count: int) -> np.ndarray:
-    """[count] int32: the records in the order of an epoch, which the seed's last number is."""
-    # Not grain's shuffle: through its MapDataset an index costs 20 to 70 µs, as much as a row.
-    return np.random.default_rng(list(seed)).permutation(np.arange(count, dtype=np.int32))
 
 
 def _local_rows(batch_size: int, process_count: int) -> int:

@@ -16,8 +16,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from contrastive_jax import similarity
-from contrastive_jax.losses.scores import check_labels, check_pairs, check_positive, cosine, items
-from contrastive_jax.losses.scores import unit
+from contrastive_jax.losses.scores import (
+    check_labels,
+    check_pairs,
+    check_positive,
+    cosine,
+    items,
+    unit,
+)
 from contrastive_jax.similarity import TILE
 
 SAME_TEXT = ('negative', 'mask', 'positive')
