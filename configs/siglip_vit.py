@@ -12,8 +12,7 @@ from contrastive_jax.config import Config
 BOTH_WAYS = {'causal': False}  # every token of a text sees every other
 START = {'logit_scale': 10.0, 'logit_bias': -10.0}
 SIGLIP = {'name': 'siglip', 'projection': 768, 'same_text': 'negative', **START}
-# −10 is for batches of thousands, in which as many times more pairs do not match.
-SMALL_BATCH = {**SIGLIP, 'logit_bias': -2.71}
+SMALL_BATCH = {**SIGLIP, 'logit_bias': -2.71}  # −10 is for thousands: more pairs do not match
 
 
 def digits(c: Config) -> None:

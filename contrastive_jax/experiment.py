@@ -253,8 +253,8 @@ def build_method(config: Config, start: Encoders) -> Method:
         if name in start:
             model = models.Pretrained(model, *start[name], config.init_from)
         if config.microbatch:
-            parts = config.batch_size // config.accumulate // config.microbatch
-            model = models.Microbatched(model, parts)
+            records = config.batch_size // config.accumulate
+            model = models.Microbatched(model, records // config.microbatch, records)
         return model
 
     towers = {}

@@ -143,20 +143,33 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1, microbatch: in
         )
 
 
-def split_rows(tree: Any, parts: int) -> Any:
+def split_rows(tree: Any, parts: int, together: int = 1) -> Any:
     """Leaves [B, ...] as [parts, B / parts, ...]: row i goes to part i % parts.
 
     Rows so stay spread over the devices as they are, and nothing moves between them.
+
+    Args:
+        tree: of arrays that lead with B, a multiple of parts · together.
+        parts: how many.
+        together: rows that follow each other and go to one part, such as the views of an image;
+            i then counts these.
     """
-    return jax.tree.map(
-        lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1),
-        tree,
-    )
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x.reshape(-1, parts, together, *x.shape[1:]), 0, 1)
+        return x.reshape(parts, -1, *x.shape[3:])
+
+    return jax.tree.map(split, tree)
 
 
-def join_rows(tree: Any) -> Any:
+def join_rows(tree: Any, together: int = 1) -> Any:
     """Leaves [parts, B / parts, ...] as [B, ...]: undoes `split_rows`."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x.reshape(len(x), -1, together, *x.shape[2:]), 0, 1)
+        return x.reshape(-1, *x.shape[3:])
+
+    return jax.tree.map(join, tree)
 
 
 def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

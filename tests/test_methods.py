@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from contrastive_jax import losses, methods, models, optim, parallel, state
+from contrastive_jax import experiment, losses, methods, models, optim, parallel, state
 from contrastive_jax.augment.masking import block_mask
 from contrastive_jax.config import UserError, build
 from contrastive_jax.networks import pair
@@ -483,6 +483,25 @@ def test_last_layers_that_have_no_bias(name, head, options):
     _, _, start = initial(name, 'vit', 0.1, **options)
     last = max(key for key in start.params[head] if key.startswith('linear'))
     assert set(start.params[head][last]) == {'kernel'}
+
+
+def test_a_config_s_microbatches_hold_whole_records():
+    """Of two views in two parts BatchNorm sees both in each: not a view a part."""
+    config = small('simclr').copy_and_resolve_references()
+    with config.unlocked():
+        config.update({'batch_size': B, 'microbatch': B // 2})
+        config.model = MODELS['resnet']
+    method = experiment.build_method(config, {})
+    example = {k: jnp.asarray(v) for k, v in batch_of('simclr').items()}
+    example['views'] *= jnp.asarray([0.2, 3.0]).reshape(1, 2, 1, 1, 1)
+    params, extra = method.init(jax.random.key(0), example, RECORDS)
+    _, aux = jax.jit(method.loss)(params, extra, example, jax.random.key(1), jnp.float32(0))
+    encoder, averages = build('models', MODELS['resnet'], 'test'), extra['stats']['encoder']
+    for part in range(2):
+        rows = example['views'][part::2].reshape(B, SIDE, SIDE, 3)
+        _, averages = models.apply(encoder, params['encoder'], averages, rows, True)
+    for a, b in zip(*map(jax.tree.leaves, (aux.extra['stats']['encoder'], averages)), strict=True):
+        assert np.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_clip_s_scale_never_counts_for_more_than_its_limit_and_can_fall_again():

@@ -549,6 +549,28 @@ def test_memory_is_saved_without_changing_gradients(name, how):
     jax.tree.map(close, got_d, grads)
 
 
+@pytest.mark.parametrize('parts', [2, 3, 4])
+def test_a_microbatch_holds_all_views_of_its_records(parts):
+    """BatchNorm sees both views in every part, whether their number is even or odd."""
+    module, shape = ALIVE['resnet']
+    views = images(12, 2, *shape[1:]) * jnp.asarray([0.5, 2.0]).reshape(1, 2, 1, 1, 1)
+    rows = views.reshape(24, *shape[1:])
+    params, stats = drawn(module, rows)
+    cut = models.Microbatched(module, parts, records=12)
+    got, new = apply(cut, params, stats, rows, True)
+    one_by_one, expected = stats, np.zeros((12, 2, got[0].shape[1]), np.float32)
+    for part in range(parts):
+        some = views[part::parts].reshape(24 // parts, *shape[1:])
+        (features, _), one_by_one = apply(module, params, one_by_one, some, True)
+        expected[part::parts] = features.reshape(12 // parts, 2, -1)
+    np.testing.assert_allclose(got[0].reshape(12, 2, -1), expected, rtol=1e-4, atol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), new, one_by_one)
+    # Rows that are no views of so many records are cut one by one, as in evaluation.
+    other = apply(cut, params, stats, rows[: 4 * parts], False)[0][0]
+    plain = apply(module, params, stats, rows[: 4 * parts], False)[0][0]
+    np.testing.assert_allclose(other, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_microbatches_take_their_share_of_masks_and_keys():
     """As one application to each part's rows with the part's key, values and gradients."""
     whole = vit.make(**TINY_VIT | {'depth': 2}, drop_path=0.5)

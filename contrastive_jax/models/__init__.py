@@ -21,14 +21,19 @@ class Microbatched(NamedTuple):
 
     The parts' features together are the batch's, so a loss on them sees every negative; the
     backward pass encodes each part again, so that the activations of one part are all that is held
-    (GradCache, Gao et al. 2021, arXiv:2101.06983, here by `jax.checkpoint`). Gradients equal those
-    of the whole batch, except through BatchNorm: each part has its own statistics, and its running
-    averages see the parts one after another. What is drawn is drawn for each part from a key of
-    its own.
+    (GradCache, Gao et al. 2021, arXiv:2101.06983, here by `jax.checkpoint`). A part holds whole
+    records: where rows are the views of images, all views of some images. What is drawn is drawn
+    for each part from a key of its own.
+
+    Gradients equal those of the whole batch, except through BatchNorm, which sees a part as if it
+    were the batch: the part's mean and variance normalise its rows, over the views that the whole
+    batch's would be over, and running averages take in the parts one after another, so that with n
+    parts they forget n times as fast. Heads are no part of this and see the whole batch.
     """
 
     module: 'nn.Module | Pretrained'
     parts: int
+    records: int = 0  # that the rows are of, as many of each; 0, or where they are not: a row each
 
 
 class Pretrained(NamedTuple):
@@ -140,8 +145,10 @@ def apply(
         **inputs: further arguments of the module's call, trees of arrays [B, ...].
     """
     if isinstance(module, Microbatched):
-        if module.parts > 1 and len(x) % module.parts == 0:
-            return _by_parts(*module, params, stats, x, train, key, inputs)
+        views = len(x) // module.records if module.records else 1
+        views = views if views * module.records == len(x) else 1
+        if module.parts > 1 and len(x) % (module.parts * views) == 0:
+            return _by_parts(module, views, params, stats, x, train, key, inputs)
         module = module.module
     if isinstance(module, Pretrained):
         module = module.module
@@ -156,8 +163,8 @@ def apply(
 
 
 def _by_parts(
-    module: nn.Module | Pretrained,
-    parts: int,
+    cut: Microbatched,
+    views: int,
     params: Any,
     stats: Any,
     x: jax.Array,
@@ -165,14 +172,14 @@ def _by_parts(
     key: jax.Array | None,
     inputs: dict[str, Any],
 ) -> tuple[Any, Any]:
-    rows = parallel.split_rows((x, inputs), parts)
-    keys = None if key is None else jax.random.split(key, parts)
+    rows = parallel.split_rows((x, inputs), cut.parts, views)
+    keys = None if key is None else jax.random.split(key, cut.parts)
 
     @jax.checkpoint
     def encode(stats: Any, part: tuple[Any, jax.Array | None]) -> tuple[Any, Any]:
         (x, inputs), key = part
-        outputs, stats = apply(module, params, stats, x, train=train, key=key, **inputs)
+        outputs, stats = apply(cut.module, params, stats, x, train=train, key=key, **inputs)
         return stats, outputs
 
     stats, outputs = jax.lax.scan(encode, stats, (rows, keys))
-    return parallel.join_rows(outputs), stats
+    return parallel.join_rows(outputs, views), stats
