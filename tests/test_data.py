@@ -108,6 +108,30 @@ def test_every_epoch_visits_each_record_once_in_another_order():
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
+def test_no_batch_holds_a_record_twice():
+    """Of 1,000 batches of 64 from 100 records; before, of those that span epochs most did."""
+    index = [b['index'] for b in take(train(Counting(100), batch_size=64, threads=0), 1000)]
+    assert all(len(set(batch)) == 64 for batch in index)
+    epochs = np.concatenate(index).reshape(640, 100)
+    np.testing.assert_array_equal(np.sort(epochs), np.broadcast_to(np.arange(100), (640, 100)))
+
+
+def test_what_replaces_bad_records_is_not_in_the_batch_and_the_same_anywhere():
+    source = Counting(100, broken=range(0, 100, 6))
+    whole = take(train(source, batch_size=24), 40)
+    for batch in whole:
+        assert len(set(batch['index'])) == 24
+        assert not set(batch['index']) & source.broken
+    halves = [
+        take(train(source, batch_size=24, process_index=p, process_count=2), 40) for p in range(2)
+    ]
+    assert_equal(whole, joined(*halves))
+    # Where there are too few others, a record comes twice rather than none.
+    few = next(train(Counting(24, broken=[3]), batch_size=24))
+    assert len(few['index']) == 24
+    assert set(few['index']) == set(range(24)) - {3}
+
+
 def test_a_record_is_cropped_anew_each_time():
     source = data.open_splits({'source': 'digits'})['test']
     batches = take(train(source, batch_size=250, views=2), 4)

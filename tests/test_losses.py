@@ -127,12 +127,10 @@ def clip_oracle(same_text='negative'):
         # An image's score with a text that equals its own is the score with its own.
         own_score = xp.where(own, logits, 0.0).sum(1)
         logits = xp.where(same, own_score[:, None], logits)
+        counts, good = (own | ~same, own) if same_text == 'mask' else (own | True, same)
         total = 0.0
-        for counts, score, good in (
-            (own | ~same, logits, own) if same_text == 'mask' else (own | True, logits, same),
-        ):
-            for side in (score, score.T):
-                total += (log_sum_exp(xp, side, counts) - log_sum_exp(xp, side, good)).mean()
+        for side in (logits, logits.T):
+            total += (log_sum_exp(xp, side, counts) - log_sum_exp(xp, side, good)).mean()
         return total / 2
 
     return oracle
@@ -143,9 +141,8 @@ def siglip_oracle(same_text='negative'):
         logits = scale * dense_cosine(xp, image, text) + bias
         own = np.eye(len(image), dtype=bool)
         same = own if texts is None or same_text == 'negative' else texts[:, None] == texts[None]
-        z = np.where(
-            own, 1, np.where(same, {'positive': 1, 'mask': 0, 'negative': -1}[same_text], -1)
-        )
+        z = np.where(same, {'positive': 1, 'mask': 0, 'negative': -1}[same_text], -1)
+        z[own] = 1
         return xp.where(z != 0, xp.logaddexp(0.0, -z * logits), 0.0).sum() / len(image)
 
     return oracle
@@ -278,6 +275,59 @@ CASES = {
         ),
     ),
 }
+
+
+def scores_of_records(xp, a, b, temperature, records):
+    """The mean over a of log Σ exp − own, without other pairs of one record."""
+    scores = dense_cosine(xp, a, b) / temperature
+    own = np.eye(len(a), dtype=bool)
+    counts = own | (records[:, None] != records[None])
+    return (log_sum_exp(xp, scores, counts) - xp.where(own, scores, 0.0).sum(1)).mean()
+
+
+def nt_xent_records(xp, a, b, temperature, records):
+    """As the paper, of views whose pairs are put together: row i's partner is i ± B."""
+    views, B = xp.concatenate([a, b]), len(records)
+    scores = dense_cosine(xp, views, views) / temperature
+    partner = np.roll(np.eye(2 * B, dtype=bool), B, axis=1)
+    records = np.tile(records, 2)
+    counts = partner | (records[:, None] != records[None])
+    return (log_sum_exp(xp, scores, counts) - xp.where(partner, scores, 0.0).sum(1)).mean()
+
+
+for name, oracle, loss in (
+    ('nt_xent_records', nt_xent_records, losses.nt_xent),
+    ('info_nce_records', scores_of_records, losses.info_nce),
+):
+    CASES[name] = (
+        lambda rng, B, D: (
+            *pairs(rng, B, D),
+            np.float32(rng.uniform(0.05, 1)),
+            labelled(rng, B, D)[1],
+        ),
+        oracle,
+        lambda a, b, t, records, loss=loss, **how: loss(
+            a, b, temperature=t, record_B=records, **how
+        ),
+    )
+CASES['clip_records'] = (
+    lambda rng, B, D: (*two_views(rng, B, D), labelled(rng, B, D)[1]),
+    lambda xp, image, text, scale, records: (
+        (
+            scores_of_records(xp, image, text, 1 / scale, records)
+            + scores_of_records(xp, text, image, 1 / scale, records)
+        )
+        / 2
+    ),
+    lambda a, b, scale, records, **how: losses.clip(a, b, scale, record_B=records, **how),
+)
+CASES['siglip_records'] = (
+    lambda rng, B, D: (*two_views(rng, B, D), np.float32(rng.normal()), labelled(rng, B, D)[1]),
+    siglip_oracle('mask'),
+    lambda a, b, scale, bias, records, **how: losses.siglip(
+        a, b, scale, bias, record_B=records, **how
+    ),
+)
 for same_text in losses.SAME_TEXT:
     CASES[f'clip_{same_text}'] = (
         lambda rng, B, D: (*two_views(rng, B, D), labelled(rng, B, D)[1]),
@@ -404,7 +454,8 @@ def check_case(name, shapes, grid, count):
                 gradients = jax.grad(dense, tuple(range(len(wide))))(*wide)
             gradients = jax.device_get(gradients)
             cases.append((inputs, (value, gradients)))
-        worst = _worst(loss, cases, grid, temperature='sup_con' in name)
+        by_temperature = name.startswith(('sup_con', 'nt_xent', 'info_nce'))
+        worst = _worst(loss, cases, grid, by_temperature)
         assert worst <= TOLERANCE, f'{name} {shape}: {worst:.2g}'
 
 
@@ -458,6 +509,54 @@ def test_nt_xent_of_hostile_values(values, temperature):
 NT_XENT = jax.jit(
     jax.value_and_grad(lambda a, b, t: losses.nt_xent(a, b, temperature=t), (0, 1, 2))
 )
+
+
+def test_a_pair_that_is_there_twice_costs_clip_nothing_unless_it_is_a_negative():
+    """Two pairs of one text, images alike: log 2 for both, 0 where they are no negatives."""
+    z = jnp.eye(3)[jnp.array([0, 0, 1])]
+    texts = jnp.array([7, 7, 2])
+    found = {
+        same_text: float(losses.clip(z, z, 100.0, texts, same_text=same_text))
+        for same_text in losses.SAME_TEXT
+    }
+    assert found['negative'] == pytest.approx(2 / 3 * np.log(2), rel=1e-6)
+    assert max(found['mask'], found['positive']) < 1e-6
+    assert losses.clip(z, z, 100.0, record_B=texts) < 1e-6
+
+
+def test_the_mean_over_equal_texts_is_what_negatives_are_anyway():
+    """Why 'positive' is not UniCL's loss: equal texts have equal embeddings."""
+    rng = np.random.default_rng(2)
+    ids = np.array([0, 1, 1, 2, 1, 0])
+    image, text = rng.normal(size=(6, 4)), rng.normal(size=(3, 4))
+
+    def unicl(image, text):
+        logits = 5 * dense_cosine(jnp, image, text[ids])
+        share = (ids[:, None] == ids[None]) / np.bincount(ids)[ids][:, None]
+        each = jax.nn.log_softmax(logits, 1) + jax.nn.log_softmax(logits.T, 1).T
+        return -jnp.sum(share * each) / 12
+
+    def ours(image, text):
+        return losses.clip(image, text[ids], 5.0)
+
+    both = [
+        jax.value_and_grad(f, (0, 1))(jnp.float32(image), jnp.float32(text)) for f in (unicl, ours)
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *both)
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_equal_rows_have_equal_numbers(devices):
+    rng = np.random.default_rng(0)
+    mesh = parallel.make_mesh(jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        for rows, length, words in ((64, 1, 9), (64, 5, 3), (128, 3, 50_000), (8, 4, 1)):
+            x = rng.integers(-1, words, (rows, length)).astype(np.int32)
+            x[: rows // 4] = x[rows // 2 : rows // 2 + rows // 4]
+            sharded = jax.device_put(x, parallel.rows(mesh))
+            got = np.asarray(jax.jit(losses.equal_rows)(sharded))
+            equal = (x[:, None] == x[None]).all(-1)
+            np.testing.assert_array_equal(got[:, None] == got[None], equal)
 
 
 def test_bfloat16_embeddings_lose_only_their_own_rounding():

@@ -11,6 +11,8 @@ text. `same_text` says what such an image and text are to each other:
 B: pairs, D: embedding dimensions, T: tokens, m, n: a tile's.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -36,6 +38,7 @@ def clip(
     text_id_B: jax.Array | None = None,
     *,
     same_text: str = 'negative',
+    record_B: jax.Array | None = None,
     tile: int = TILE,
     exchange: str = 'auto',
 ) -> jax.Array:
@@ -57,40 +60,40 @@ def clip(
         logit_scale: t > 0, the factor itself (the exponential of what CLIP learns): 1 / τ.
         text_id_B: integers, equal for equal texts; see `equal_rows`. None: all differ.
         same_text: 'negative', 'mask' or 'positive', see the module's docstring.
+        record_B: integers; pairs of one record are no negatives of each other. None: all differ.
         tile, exchange: see `similarity.logsumexp`.
 
     Returns:
         float32 scalar, at least 0; 0 for B = 1.
 
     Raises:
-        ValueError: shapes that differ, a scale that is not above 0, ids that are no integers, an
-            unknown `same_text`.
+        ValueError: shapes that differ, a scale that is not above 0, ids or records that are no
+            integers, an unknown `same_text`.
 
     >>> f'{clip(jnp.eye(2), jnp.eye(2), logit_scale=2.0):.4f}'
     '0.1269'
     """
     check_positive('clip', 'logit_scale', logit_scale)
-    images, texts, dtype = _pairs('clip', image_BD, text_BD, text_id_B, same_text)
-    left_out = 'pair' if same_text == 'negative' else 'text'
+    ids = _ids('clip', image_BD, text_BD, text_id_B, same_text, record_B)
+    images, texts = {**ids, **items(image_BD)}, {**ids, **items(text_BD)}
+    dtype = jnp.promote_types(image_BD.dtype, text_BD.dtype)
     how = {'tile': tile, 'exchange': exchange}
 
     def negatives(image: dict, text: dict) -> jax.Array:
-        return jnp.where(
-            _equal(left_out, image, text), -jnp.inf, logit_scale * cosine(image, text, dtype)
-        )
+        logits_mn = logit_scale * cosine(image, text, dtype)
+        return jnp.where(_equal(image, text, *ids), -jnp.inf, logits_mn)
 
     over_texts_B, over_images_B = similarity.logsumexp_both(negatives, images, texts, **how)
     own_B = logit_scale * jnp.sum(unit(image_BD) * unit(text_BD), axis=-1)
     to_texts_B = to_images_B = own_B
     if same_text == 'positive':
-        ids = {'text': texts['text']}
+        text = {'text': ids['text']}
+
+        def positives(image: dict, text: dict) -> jax.Array:
+            return jnp.where(_equal(image, text, 'text'), image['own'][:, None], -jnp.inf)
+
         to_texts_B, to_images_B = similarity.logsumexp_both(
-            lambda image, text: jnp.where(
-                _equal('text', image, text), image['own'][:, None], -jnp.inf
-            ),
-            {**ids, 'own': own_B},
-            ids,
-            **how,
+            positives, {**text, 'own': own_B}, text, **how
         )
     losses_B = jax.nn.softplus(over_texts_B - to_texts_B)
     return jnp.mean(losses_B + jax.nn.softplus(over_images_B - to_images_B)) / 2
@@ -104,6 +107,7 @@ def siglip(
     text_id_B: jax.Array | None = None,
     *,
     same_text: str = 'negative',
+    record_B: jax.Array | None = None,
     tile: int = TILE,
     exchange: str = 'auto',
 ) -> jax.Array:
@@ -117,7 +121,7 @@ def siglip(
         image_BD, text_BD: embeddings, row-aligned; need not be normalised.
         logit_scale: t > 0, the factor itself (the exponential of what SigLIP learns).
         logit_bias: b.
-        text_id_B, same_text: see `clip`.
+        text_id_B, same_text, record_B: see `clip`.
         tile, exchange: see `similarity.logsumexp`.
 
     Returns:
@@ -130,17 +134,17 @@ def siglip(
     '0.6932'
     """
     check_positive('siglip', 'logit_scale', logit_scale)
-    images, texts, dtype = _pairs('siglip', image_BD, text_BD, text_id_B, same_text)
+    ids = _ids('siglip', image_BD, text_BD, text_id_B, same_text, record_B)
+    images, texts = {**ids, **items(image_BD)}, {**ids, **items(text_BD)}
+    dtype = jnp.promote_types(image_BD.dtype, text_BD.dtype)
     B = image_BD.shape[0]
-    yes = 'text' if same_text == 'positive' else 'pair'
+    yes = ('pair', 'text') if same_text == 'positive' else ('pair',)
 
     def term(image: dict, text: dict) -> jax.Array:
-        yes_mn = _equal(yes, image, text)
+        yes_mn = _equal(image, text, *yes)
         logits_mn = logit_scale * cosine(image, text, dtype) + logit_bias
         loss_mn = jax.nn.softplus(jnp.where(yes_mn, -logits_mn, logits_mn)) / B
-        if same_text == 'mask':
-            loss_mn = jnp.where(_equal('text', image, text) & ~yes_mn, 0.0, loss_mn)
-        return loss_mn
+        return jnp.where(~yes_mn & _equal(image, text, *ids), 0.0, loss_mn)
 
     return similarity.sum(term, images, texts, tile=tile, exchange=exchange)
 
@@ -169,24 +173,30 @@ def equal_rows(x_BT: jax.Array) -> jax.Array:
     return jnp.zeros(B, jnp.int32).at[order_B].set(jnp.cumsum(new_B, dtype=jnp.int32))
 
 
-def _pairs(
+def _ids(
     loss: str,
     image_BD: jax.Array,
     text_BD: jax.Array,
     text_id_B: jax.Array | None,
     same_text: str,
-) -> tuple[dict, dict, jnp.dtype]:
-    """Both sides' items with the numbers of their pair and of their text, and the wider dtype."""
+    record_B: jax.Array | None,
+) -> dict[str, jax.Array]:
+    """Numbers of pairs: where one of them is equal, an image and a text are no negatives."""
     check_pairs(loss, image_BD, text_BD)
     if same_text not in SAME_TEXT:
         raise ValueError(f'{loss}: same_text must be one of {SAME_TEXT}, got {same_text!r}')
-    ids = {'pair': jnp.arange(image_BD.shape[0], dtype=jnp.int32)}
+    pair_B = jnp.arange(image_BD.shape[0], dtype=jnp.int32)
+    ids = {'pair': pair_B}
+    if record_B is not None:
+        ids['record'] = record_B
     if same_text != 'negative':
-        ids['text'] = ids['pair'] if text_id_B is None else text_id_B
-        check_labels(loss, image_BD, ids['text'])
-    dtype = jnp.promote_types(image_BD.dtype, text_BD.dtype)
-    return {**ids, **items(image_BD)}, {**ids, **items(text_BD)}, dtype
+        ids['text'] = pair_B if text_id_B is None else text_id_B
+    for id_B in ids.values():
+        check_labels(loss, image_BD, id_B)
+    return ids
 
 
-def _equal(name: str, image: dict, text: dict) -> jax.Array:
-    return image[name][:, None] == text[name][None, :]
+def _equal(image: dict, text: dict, *names: str) -> jax.Array:
+    """Which pairs [m, n] have the same number by any of the names."""
+    equal = [image[name][:, None] == text[name][None, :] for name in names]
+    return functools.reduce(jnp.logical_or, equal)

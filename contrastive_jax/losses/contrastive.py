@@ -29,6 +29,7 @@ def nt_xent(
     view_b_BD: jax.Array,
     *,
     temperature: float | jax.Array,
+    record_B: jax.Array | None = None,
     tile: int = TILE,
     exchange: str = 'auto',
 ) -> jax.Array:
@@ -41,13 +42,15 @@ def nt_xent(
     Args:
         view_a_BD, view_b_BD: embeddings of two views, row-aligned; need not be normalised.
         temperature: τ > 0.
+        record_B: integers; views of one record are no negatives of each other. None: all differ.
         tile, exchange: see `similarity.logsumexp`.
 
     Returns:
         float32 scalar, at least 0; 0 for B = 1, where there are no negatives.
 
     Raises:
-        ValueError: shapes that differ; a temperature that is not above 0.
+        ValueError: shapes that differ, records that are no integers, a temperature that is not
+            above 0.
 
     >>> f'{nt_xent(jnp.eye(2), jnp.eye(2), temperature=1.0):.4f}'
     '0.5514'
@@ -56,10 +59,11 @@ def nt_xent(
     check_positive('nt_xent', 'temperature', temperature)
     # (b v), not (v b): rows of one image stay on one device, so nothing moves.
     z_RD = rearrange(jnp.stack([view_a_BD, view_b_BD], axis=1), 'b v d -> (b v) d')
-    views = {'image': jnp.arange(z_RD.shape[0], dtype=jnp.int32) // 2, **items(z_RD)}
+    record_R = jnp.repeat(_records('nt_xent', view_a_BD, record_B), 2)
+    views = {'record': record_R, **items(z_RD)}
 
     def negatives(row: dict, bank: dict) -> jax.Array:
-        same_mn = row['image'][:, None] == bank['image'][None, :]  # itself and its positive
+        same_mn = row['record'][:, None] == bank['record'][None, :]  # itself and its positive
         return jnp.where(same_mn, -jnp.inf, cosine(row, bank, z_RD.dtype) / temperature)
 
     negatives_R = similarity.logsumexp_symmetric(negatives, views, tile=tile, exchange=exchange)
@@ -74,6 +78,7 @@ def info_nce(
     negatives_KD: jax.Array | None = None,
     *,
     temperature: float | jax.Array,
+    record_B: jax.Array | None = None,
     tile: int = TILE,
     exchange: str = 'auto',
 ) -> jax.Array:
@@ -88,29 +93,36 @@ def info_nce(
             a query's negatives are the other queries' positives (NNCLR, Dwibedi et al. 2021, eq. 3;
             MoCo v3, Chen et al. 2021, eq. 1, where the authors' code multiplies by 2τ).
         temperature: τ > 0.
+        record_B: integers; without a queue, pairs of one record are no negatives of each other.
+            None: all differ.
         tile, exchange: see `similarity.logsumexp`.
 
     Returns:
         float32 scalar, at least 0; 0 for B = 1 without a queue, where there are no negatives.
 
     Raises:
-        ValueError: shapes that do not fit together; a temperature that is not above 0.
+        ValueError: shapes that do not fit together, records that are no integers, a temperature
+            that is not above 0.
 
     >>> f'{info_nce(jnp.eye(2), jnp.eye(2), temperature=1.0):.4f}'
     '0.3133'
     """
     check_pairs('info_nce', query_BD, positive_BD)
     check_positive('info_nce', 'temperature', temperature)
-    queries, bank, dtype = _pairs(query_BD, positive_BD)
+    record_B = _records('info_nce', query_BD, record_B)
+    queries, bank = ({'record': record_B, **items(x)} for x in (query_BD, positive_BD))
+    dtype = jnp.promote_types(query_BD.dtype, positive_BD.dtype)
     if negatives_KD is not None:
         _check_bank('info_nce', 'negatives', query_BD, negatives_KD)
-        nobody_K = jnp.full(negatives_KD.shape[:1], -1, jnp.int32)
-        bank = {'pair': nobody_K, **items(negatives_KD)}
+        bank = items(negatives_KD)
         dtype = jnp.promote_types(query_BD.dtype, negatives_KD.dtype)
 
     def negatives(query: dict, negative: dict) -> jax.Array:
-        paired_mn = query['pair'][:, None] == negative['pair'][None, :]
-        return jnp.where(paired_mn, -jnp.inf, cosine(query, negative, dtype) / temperature)
+        scores_mn = cosine(query, negative, dtype) / temperature
+        if negatives_KD is not None:
+            return scores_mn
+        same_mn = query['record'][:, None] == negative['record'][None, :]
+        return jnp.where(same_mn, -jnp.inf, scores_mn)
 
     negatives_B = similarity.logsumexp(negatives, queries, bank, tile=tile, exchange=exchange)
     positive_B = jnp.sum(unit(query_BD) * unit(positive_BD), axis=-1) / temperature
@@ -264,11 +276,11 @@ def sup_con(
     return jnp.sum(all_R) / anchors - positive_sum
 
 
-def _pairs(a_BD: jax.Array, b_BD: jax.Array) -> tuple[dict, dict, jnp.dtype]:
-    """Both sides' items with the number of their pair, and the wider dtype."""
-    pair_B = jnp.arange(a_BD.shape[0], dtype=jnp.int32)
-    dtype = jnp.promote_types(a_BD.dtype, b_BD.dtype)
-    return {'pair': pair_B, **items(a_BD)}, {'pair': pair_B, **items(b_BD)}, dtype
+def _records(loss: str, rows_BD: jax.Array, record_B: jax.Array | None) -> jax.Array:
+    if record_B is None:
+        return jnp.arange(rows_BD.shape[0], dtype=jnp.int32)
+    check_labels(loss, rows_BD, record_B)
+    return record_B
 
 
 def _check_bank(loss: str, name: str, rows_BD: jax.Array, bank_KD: jax.Array) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from contrastive_jax import losses, models
 from contrastive_jax.config import check_range, choose
+from contrastive_jax.inputs import INDEX
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.pair import Pair, at_most
 
@@ -57,7 +58,8 @@ def make(
         image_BE, text_BE, extra = pair(params, extra, batch, key)
         scale = jnp.exp(at_most(params['logit_scale'], math.log(most)))
         texts = losses.equal_rows(batch['text'])
-        value = losses.clip(image_BE, text_BE, scale, texts, same_text=same_text)
+        same = {'same_text': same_text, 'record_B': batch[INDEX]}
+        value = losses.clip(image_BE, text_BE, scale, texts, **same)
         # log B − loss bounds the mutual information from below, in nats (van den Oord et al. 2018).
         bound = jnp.log(jnp.float32(len(image_BE))) - value
         return value, Aux(extra, {'mutual_information_bound': bound, 'logit_scale': scale})

@@ -9,6 +9,7 @@ import jax
 
 from contrastive_jax import models
 from contrastive_jax.config import check_range
+from contrastive_jax.inputs import INDEX
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce
 from contrastive_jax.method import Aux, Batch, Method, Tree
@@ -61,8 +62,9 @@ def make(
         out, stats = network.views(params, extra['stats'], batch['views'], key=key)
         keys, target_state = target.views(extra['target'], batch['views'])
         q_BVD, k_BVD = out['predictor'], keys['projector']
-        value = info_nce(q_BVD[:, 0], k_BVD[:, 1], temperature=temperature)
-        value += info_nce(q_BVD[:, 1], k_BVD[:, 0], temperature=temperature)
+        how = {'temperature': temperature, 'record_B': batch[INDEX]}
+        value = info_nce(q_BVD[:, 0], k_BVD[:, 1], **how)
+        value += info_nce(q_BVD[:, 1], k_BVD[:, 0], **how)
         # 2τ: the authors' scale, which keeps gradients alike over temperatures.
         return 2 * temperature * value, Aux({'stats': stats, 'target': target_state}, {})
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from contrastive_jax import models, similarity
 from contrastive_jax.config import check_range
+from contrastive_jax.inputs import INDEX
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import info_nce, unit
 from contrastive_jax.losses.scores import inner
@@ -63,8 +64,9 @@ def make(
         z_BVD = jax.lax.stop_gradient(unit(out['projector'].reshape(-1, projection)))
         z_BVD = z_BVD.reshape(p_BVD.shape)
         nearest_BVD, closeness = neighbours(z_BVD, extra['queue'])
-        value = info_nce(nearest_BVD[:, 0], p_BVD[:, 1], temperature=temperature)
-        value += info_nce(nearest_BVD[:, 1], p_BVD[:, 0], temperature=temperature)
+        how = {'temperature': temperature, 'record_B': batch[INDEX]}
+        value = info_nce(nearest_BVD[:, 0], p_BVD[:, 1], **how)
+        value += info_nce(nearest_BVD[:, 1], p_BVD[:, 0], **how)
         extra = {**extra, 'stats': stats}
         return value / 2, Aux(extra, {'neighbour_cosine': closeness}, {'embeddings': z_BVD[:, 0]})
 

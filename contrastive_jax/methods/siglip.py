@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from contrastive_jax import losses, models
 from contrastive_jax.config import check_range, choose
+from contrastive_jax.inputs import INDEX
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.pair import Pair
 
@@ -57,7 +58,8 @@ def make(
         image_BE, text_BE, extra = pair(params, extra, batch, key)
         scale, bias = jnp.exp(params['logit_scale']), params['logit_bias']
         texts = losses.equal_rows(batch['text'])
-        value = losses.siglip(image_BE, text_BE, scale, bias, texts, same_text=same_text)
+        same = {'same_text': same_text, 'record_B': batch[INDEX]}
+        value = losses.siglip(image_BE, text_BE, scale, bias, texts, **same)
         return value, Aux(extra, {'logit_scale': scale, 'logit_bias': bias})
 
     return Method(init, loss, pair.encode, encoders=pair.encoders)

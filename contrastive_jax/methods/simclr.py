@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from contrastive_jax import models
 from contrastive_jax.config import check_range
+from contrastive_jax.inputs import INDEX
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.losses import nt_xent
 from contrastive_jax.method import Aux, Batch, Method, Tree
@@ -45,7 +46,7 @@ def make(
         check_views('simclr', batch['views'], 2)
         out, stats = network.views(params, extra['stats'], batch['views'], key=key)
         z_BVD = out['projector']
-        value = nt_xent(z_BVD[:, 0], z_BVD[:, 1], temperature=temperature)
+        value = nt_xent(z_BVD[:, 0], z_BVD[:, 1], temperature=temperature, record_B=batch[INDEX])
         # −loss + log(candidates) bounds the mutual information of two views from below, in nats
         # (van den Oord et al. 2018, eq. 5).
         bound = jnp.log(jnp.float32(2 * len(z_BVD) - 1)) - value
