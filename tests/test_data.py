@@ -117,7 +117,7 @@ def test_no_batch_holds_a_record_twice():
 
 
 def test_what_replaces_bad_records_is_not_in_the_batch_and_the_same_anywhere():
-    source = Counting(100, broken=range(0, 100, 6))
+    source = Counting(100, broken=range(0, 100, 9))
     whole = take(train(source, batch_size=24), 40)
     for batch in whole:
         assert len(set(batch['index'])) == 24

@@ -14,7 +14,6 @@ def test_no_batch_holds_a_record_twice_and_every_epoch_all(count):
     """Every batch size, until batches and epochs begin together again, and on."""
     for batch in range(1, count + 1):
         epochs = 2 * batch + 1
-        records = [Order(3, count, batch).epoch(0)]
         whole = Order(3, count, batch)
         records = np.array([whole(g) for g in range(count * epochs)])
         for e in range(epochs):
@@ -25,6 +24,11 @@ def test_no_batch_holds_a_record_twice_and_every_epoch_all(count):
             rows = records[j * batch :][:batch]
             assert len(set(rows)) == batch, (batch, j)
             np.testing.assert_array_equal(whole.batch_of(j * batch + batch // 2), rows)
+            others = [list(whole.others(j * batch + row)) for row in range(batch)]
+            dealt = np.concatenate([rows, *others])
+            np.testing.assert_array_equal(np.sort(dealt), np.arange(count))
+            if count >= 3 * batch:
+                assert min(map(len, others)) >= 1
 
 
 @pytest.mark.parametrize(('count', 'batch'), [(7, 5), (13, 8), (20, 8), (40, 39), (100, 64)])

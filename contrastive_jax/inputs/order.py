@@ -8,6 +8,8 @@ change places with the next ones after the batch.
 Dimension key: B rows of a batch, N records, t rows of a batch that the epoch before has filled.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 KEPT = 16  # epochs of fewer than two batches; of larger ones two
@@ -42,6 +44,19 @@ class Order:
         found = self.epoch(epoch)[place : place + self.batch]
         missing = self.batch - len(found)
         return np.append(found, self.epoch(epoch + 1)[:missing]) if missing else found
+
+    def others(self, position: int) -> Iterator[int]:
+        """Records in the place of a position's that cannot be used.
+
+        They are not in its batch, and other rows of the batch get others: those of the epoch in
+        which the batch ends, behind it and around to it, are dealt to the rows in turn.
+        """
+        row, batch = position % self.batch, self.batch_of(position)
+        epoch, last = divmod(position - row + self.batch - 1, self.count)
+        order, inside = self.epoch(epoch), min(last + 1, self.batch)
+        for ahead in range(row, self.count - inside, self.batch):
+            if (index := int(order[(last + 1 + ahead) % self.count])) not in batch:
+                yield index
 
     def epoch(self, e: int) -> np.ndarray:
         """[N] int32: the records of an epoch, in their order."""

@@ -25,7 +25,6 @@ from contrastive_jax.inputs.order import Order
 # Rows that one thread builds at a time: few enough that a large batch of photographs is spread
 # over the threads, many enough that grain's cost of 50 to 100 µs an element disappears.
 CHUNK = 64
-TRIES = 8  # batches ahead in which a replacement of a bad record is looked for
 SMALL_RECORD = 64 * 64 * 3  # bytes; threads that make rows of smaller ones contend for the GIL
 
 
@@ -119,17 +118,10 @@ def train_iterator(
     order = Order(seed, count, batch_size)
 
     def candidates(position: int) -> Iterator[int]:
-        """The position's record; those of its row in the next batches, unless this batch has them;
-        and where none of these can be used, all, from its own on.
-
-        Rows of one batch have different ones, so that two replacements are not the same either.
-        """
+        """The position's record, those in its place, and if none of these can be used, all."""
         first = order(position)
         yield first
-        batch = order.batch_of(position)
-        for ahead in range(1, TRIES + 1):
-            if (index := order(position + ahead * batch_size)) not in batch:
-                yield index
+        yield from order.others(position)
         yield from ((first + hop) % count for hop in range(1, count))
 
     def made(position: int) -> Mapping[str, Any]:
