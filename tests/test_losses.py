@@ -594,6 +594,17 @@ def test_zero_embeddings_give_finite_gradients():
         ),
         (lambda: losses.nt_xent(jnp.ones((4, 2)), jnp.ones((4, 2)), temperature=0), 'temperature'),
         (lambda: losses.clip(jnp.ones((4, 2)), jnp.ones((4, 2)), -1.0), 'logit_scale'),
+        (lambda: losses.clip(jnp.eye(4), jnp.eye(4), 1.0, same_text='x'), "'mask', 'positive'"),
+        (
+            lambda: losses.siglip(jnp.eye(4), jnp.eye(4), 1.0, 0.0, jnp.ones(4), same_text='mask'),
+            'integer labels',
+        ),
+        (
+            lambda: losses.nt_xent(
+                jnp.eye(4), jnp.eye(4), temperature=1.0, record_B=jnp.ones(3, int)
+            ),
+            'integer labels',
+        ),
         (lambda: losses.sup_con(jnp.ones((4, 2)), jnp.ones(4, int), 0.1), r'\[B, V, D\]'),
         (lambda: losses.sup_con(jnp.ones((4, 1, 2)), jnp.ones(4), 0.1), 'integer labels'),
         (lambda: losses.sup_con(jnp.ones((4, 1, 2)), jnp.ones(4, int), 0.1, log='up'), "'in'"),

@@ -396,6 +396,22 @@ class TestText:
         same = test['label'][:, None] == test['label'][None, :]
         assert cosines[same].mean() > cosines[~same].mean() + 0.2
 
+    @pytest.mark.parametrize('same_text', ['mask', 'positive'])
+    def test_equal_texts_are_no_negatives_on_any_number_of_devices(self, name, same_text):
+        example = batch_of(name)
+        example['text'][1::4] = example['text'][::4]
+        found = []
+        for devices in (1, 8):
+            mesh, init, step = trainer(name, 'vit', devices, same_text=same_text)
+            with jax.set_mesh(mesh):
+                s, metrics = step(init(), parallel.shard_batch(mesh, example))
+            found.append((metrics['loss'], s.params))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *found)
+        mesh, init, step = trainer(name, 'vit', 1)
+        with jax.set_mesh(mesh):
+            _, metrics = step(init(), parallel.shard_batch(mesh, example))
+        assert found[0][0] < metrics['loss'] - 0.05
+
     def test_a_frozen_image_encoder_stays_as_it_is(self, name):
         """LiT: not a bit of it changes, and it is in no optimiser's state."""
         mesh, init, step = trainer(name, 'vit', 1, locked=True, projection=16)
@@ -413,6 +429,8 @@ class TestText:
         with pytest.raises(UserError, match=r'projection: got 8;.*16'):
             make(name, locked=True, projection=8).init(jax.random.key(0), example, RECORDS)
         model = build('models', MODELS['vit'], 'test')
+        with pytest.raises(UserError, match=r"unknown same_text 'negatives'.*'positive'"):
+            make(name, same_text='negatives')
         with pytest.raises(UserError, match="'text' is required"):
             build('methods', small(name).method.to_dict(), 'config.method', model)
 
