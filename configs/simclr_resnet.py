@@ -4,8 +4,8 @@
 
 Presets: the usual ones and `:flickr8k` (docs/presets.md).
 
-Our NT-Xent is the mean over all views, half of the sum that the authors' code takes; LARS makes
-the step independent of that factor but for the weight decay, which counts twice here.
+Paper's code: the sum of NT-Xent over the two views; here: the mean, half of it, so half the decay and
+twice the rate of biases and norms, the only two that LARS does not make independent of that factor.
 BatchNorm's statistics are the global batch's, as in the authors' code. Paper's code: contrast about
 each channel's mean, saturation as HSV's; here: about the mean luma, and blended with the pixel's,
 because all recipes share torchvision's.
@@ -14,6 +14,8 @@ because all recipes share torchvision's.
 from contrastive_jax import config as config_lib
 from contrastive_jax import recipes
 from contrastive_jax.config import Config
+
+HALF_LOSS = {'weight_decay': 1e-4 / 2, 'bias_rate': 2.0}
 
 
 def digits(c: Config) -> None:
@@ -38,14 +40,14 @@ def cifar10(c: Config) -> None:
     """The authors' CIFAR-10 command (README of google-research/simclr): 91 % linear, they say."""
     recipes.cifar10(c, epochs=1000.0, batch=512)
     c.method = {'name': 'simclr', 'temperature': 0.5, 'layers': 3, 'hidden': 512}
-    c.optim = {'name': 'lars', 'learning_rate': 1.0, 'weight_decay': 1e-4, 'warmup': 0.01}
+    c.optim = {'name': 'lars', 'learning_rate': 1.0, 'warmup': 0.01, **HALF_LOSS}
 
 
 def imagenet(c: Config) -> None:
     """The authors' ImageNet command for 100 epochs (tf2/run.py of google-research/simclr)."""
     recipes.imagenet(c, epochs=100.0, batch=4096)
     c.method = {'name': 'simclr', 'temperature': 0.1, 'layers': 3, 'hidden': 2048}
-    c.optim = {'name': 'lars', 'learning_rate': 0.3, 'weight_decay': 1e-4, 'warmup': 0.1}
+    c.optim = {'name': 'lars', 'learning_rate': 0.3, 'warmup': 0.1, **HALF_LOSS}
 
 
 def folder(c: Config) -> None:

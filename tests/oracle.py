@@ -1,0 +1,279 @@
+"""Layers, optimisers and the loop of the authors' formulas in float64: no code of the package.
+
+An oracle's parameters and memory are nested dicts with the package's names; what it computes from
+them is stated anew, from the papers and the authors' code. JAX differentiates it, in float64.
+"""
+
+import runpy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from contrastive_jax import config, optim, state
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+STEPS, TOTAL, B = 3, 10, 8  # of TOTAL steps the first STEPS are taken, on B records
+WARM, FROZEN = 2, 2  # steps, where a preset has a warm-up or freezes a module
+WORDS = 9
+
+
+class Eye(nn.Module):
+    """tanh(x W + b) on an image, or on a text's counts of words; with patches where masks are."""
+
+    out: int = 6
+    masked: bool = False
+
+    @nn.compact
+    def __call__(self, x, train=False, mask=None):
+        if x.ndim == 2:
+            x = jax.nn.one_hot(x, WORDS).mean(1)
+        if not self.masked:
+            return jnp.tanh(nn.Dense(self.out, name='linear')(x.reshape(len(x), -1))), {}
+        patches = x.reshape(len(x), 4, -1)
+        if mask is not None:
+            token = self.param('mask_token', nn.initializers.normal(1.0), (1, 1, patches.shape[2]))
+            patches = jnp.where(mask[:, :, None], token, patches)
+        patches = nn.Dense(self.out, name='linear')(patches)
+        cls = jnp.tanh(patches.mean(1))
+        return cls, {'cls': cls, 'patches': jnp.tanh(patches)}
+
+
+# Layers.
+
+
+def dense(p, x):
+    return x @ p['kernel'] + p.get('bias', 0.0)
+
+
+def encode(p, x):
+    return jnp.tanh(dense(p['linear'], x.reshape(len(x), -1)))
+
+
+def unit(x):
+    return x / jnp.sqrt((x**2).sum(-1, keepdims=True))
+
+
+def batch_norm(p, x, eps=1e-5):
+    """torch's BatchNorm in training: biased variance; scale and offset where there are any."""
+    x = (x - x.mean(0)) / jnp.sqrt(((x - x.mean(0)) ** 2).mean(0) + eps)
+    return x * p.get('scale', 1.0) + p.get('bias', 0.0)
+
+
+def mlp(p, x, layers, norm=True, last_norm=False, activation=jax.nn.relu):
+    for i in range(1, layers + 1):
+        x = dense(p[f'linear{i}'], x)
+        if last_norm if i == layers else norm:
+            x = batch_norm(p.get(f'norm{i}', {}), x)
+        x = activation(x) if i < layers else x
+    return x
+
+
+def cross_entropy(logits, label):
+    """torch's: the mean over rows of −log softmax at the label."""
+    return -(jax.nn.log_softmax(logits)[jnp.arange(len(logits)), label]).mean()
+
+
+# Optimisers: `(t, name, gradient, weight, state) -> (weight, state)` of one array.
+
+
+def rates(peak, warm=0, first=0.0, last=0.0):
+    """Linear from `first` to `peak` in `warm` steps, then half a cosine to `last`."""
+
+    def rate(t):
+        if t < warm:
+            return first + (peak - first) * t / warm
+        return last + (peak - last) * (1 + np.cos(np.pi * (t - warm) / (TOTAL - warm))) / 2
+
+    return rate
+
+
+def matrices(name, w):
+    """The authors' `ndim > 1`: neither biases nor norms nor temperatures."""
+    return w.ndim > 1
+
+
+def everything(name, w):
+    return True
+
+
+def sgd(rate, decay, decays=everything, momentum=0.9):
+    """torch.optim.SGD."""
+
+    def update(t, name, g, w, s):
+        d = g + decay * w * decays(name, w)
+        s = {'d': momentum * s['d'] + d if s else d}
+        return w - rate(t, name) * s['d'], s
+
+    return update
+
+
+def lars(rate, decay, decays=matrices, momentum=0.9, trust=1e-3, classic=False):
+    """LARS as in simclr/tf2/lars_optimizer.py (classic) or main_barlow.py, moco-v3, vicreg."""
+
+    def update(t, name, g, w, s):
+        if decays(name, w):
+            g = g + decay * w
+            norms = np.linalg.norm(w), np.linalg.norm(g)
+            g = g * (trust * norms[0] / norms[1] if min(norms) > 0 else 1.0)
+        s = {'d': momentum * s.get('d', 0.0) + (rate(t, name) if classic else 1.0) * g}
+        return w - (1.0 if classic else rate(t, name)) * s['d'], s
+
+    return update
+
+
+def adamw(rate, decay, decays=matrices, b1=0.9, b2=0.999, eps=1e-8):
+    """Loshchilov and Hutter 2019, algorithm 2; `decay(t)` is multiplied by the rate."""
+
+    def update(t, name, g, w, s):
+        n = s.get('n', 0) + 1
+        m = b1 * s.get('m', 0.0) + (1 - b1) * g
+        v = b2 * s.get('v', 0.0) + (1 - b2) * g**2
+        direction = m / (1 - b1**n) / (np.sqrt(v / (1 - b2**n)) + eps)
+        direction = direction + decay(t) * w * decays(name, w)
+        return w - rate(t, name) * direction, {'n': n, 'm': m, 'v': v}
+
+    return update
+
+
+def for_all(rate):
+    return lambda t, name: rate(t)
+
+
+def ema(moving, online, m):
+    """θ' ← m θ' + (1 − m) θ, of the modules that `moving` has."""
+    online = {name: online[name] for name in moving}
+    return jax.tree.map(lambda a, b: m * a + (1 - m) * b, moving, online)
+
+
+def rising(start, t):
+    """BYOL's, MoCo v3's and DINO's momentum: from `start` to 1 by half a cosine."""
+    return 1 - (1 - start) * (np.cos(np.pi * t / TOTAL) + 1) / 2
+
+
+class Oracle(NamedTuple):
+    """A method as its authors have it.
+
+    Attributes:
+        loss: `(p, memory, batch, t) -> (value, measured)`.
+        update: an optimiser.
+        after: `(p, memory, measured, t) -> memory`, after the optimiser.
+        clip: `gradients -> gradients`, of a flat dict.
+        begins: `name -> t`: the step at which an array begins to learn, 0 of most.
+    """
+
+    loss: Any
+    update: Any
+    after: Any = lambda p, memory, measured, t: memory
+    clip: Any = lambda gradients: gradients
+    begins: Any = lambda name: 0
+
+
+def preset(file, arg):
+    """A config with its warm-up and its frozen modules cut to WARM and FROZEN of TOTAL steps."""
+    c = runpy.run_path(str(CONFIGS / f'{file}.py'))['get_config'](arg).unlock()
+    if c.optim.get('warmup'):
+        c.optim.warmup = WARM / TOTAL
+    for changes in c.optim.get('modules', {}).values():
+        if 'frozen' in changes:
+            changes.frozen = FROZEN / TOTAL
+    return c
+
+
+def batches(seed=0):
+    """STEPS batches whose classes differ, so that gradients are far from 0."""
+    rng = np.random.default_rng(seed)
+    for _ in range(STEPS):
+        label = rng.permutation(np.arange(B) % 4).astype(np.int32)
+        means = np.random.default_rng(7).normal(size=(4, 1, 2, 4, 3))
+        views = means[label] + 0.7 * rng.normal(size=(B, 4, 2, 4, 3))
+        text = rng.integers(0, WORDS, (B, 5)).astype(np.int32)
+        yield {
+            'views': views[:, :2].astype(np.float32),
+            'local_views': views[:, 2:].astype(np.float32),
+            'text': text,
+            'label': label,
+            'index': rng.permutation(20)[:B].astype(np.int32),
+        }
+
+
+def ours(c, options, views=2, local=False, text=False, model=None, extra=None):
+    """States before and after STEPS steps of the package, and the batches.
+
+    Args:
+        c: a config whose `method` and `optim` count; 'options' are for its method, too.
+        views, local, text: what of the batches it is given.
+        model: its encoder.
+        extra: `extra -> extra` at the start.
+    """
+    options = {**c.method.to_dict(), **options, **({'text': Eye(5)} if text else {})}
+    method = config.build('methods', options, 'test', model or Eye())
+    tx, _ = optim.make(**c.optim.to_dict(), total_steps=TOTAL, batch_size=c.batch_size)
+    given = [{**b, 'views': b['views'][:, :views]} for b in batches()]
+    if not local:
+        given = [{k: v for k, v in b.items() if k != 'local_views'} for b in given]
+    before = jax.jit(state.make_init(method, tx, seed=3, records=20))(given[0])
+    if extra:
+        before = before._replace(extra=extra(before.extra))
+    step = jax.jit(state.make_step(method, tx, lambda key, batch: batch, 3, TOTAL))
+    after = before
+    for batch in given:
+        after, _ = step(after, batch)
+    return before, after, given
+
+
+def theirs(oracle, before, given):
+    """`(parameters, memory)` after the same steps of the oracle, from the same start."""
+    with jax.enable_x64(True), jax.numpy_rank_promotion('allow'):
+        wide = jax.tree.map(_wide, (before.params, before.extra, given))
+        p, memory, given = wide
+        states: dict[str, Any] = {}
+        for t, batch in enumerate(given):
+            take = jax.value_and_grad(oracle.loss, has_aux=True)
+            (_, measured), gradients = take(p, memory, batch, t)
+            flat, moved = flatten_dict(p, sep='/'), {}
+            gradients = oracle.clip(flatten_dict(gradients, sep='/'))
+            for name, w in flat.items():
+                if t < oracle.begins(name):
+                    moved[name] = w
+                    continue
+                g = gradients[name]
+                moved[name], states[name] = oracle.update(t, name, g, w, states.get(name, {}))
+            p = unflatten_dict(moved, sep='/')
+            memory = oracle.after(p, memory, measured, t)
+        return jax.tree.map(np.asarray, (p, memory))
+
+
+def _wide(x):
+    return jnp.asarray(np.asarray(x), jnp.float64 if x.dtype == jnp.float32 else x.dtype)
+
+
+def check(oracle, run, keys=(), tolerance=1e-4):
+    """Asserts that all arrays moved as the oracle's did.
+
+    Each is compared by the distance of the two ends over the oracle's distance from the start.
+
+    Args:
+        oracle: the method.
+        run: of `ours`.
+        keys: of `extra` that are compared, too.
+        tolerance: of that share, beside the rounding of the array itself in each step.
+    """
+    before, after, given = run
+    p, memory = theirs(oracle, before, given)
+    old, new = ({**s.params, **{k: s.extra[k] for k in keys}} for s in (before, after))
+    found = {**p, **{k: memory[k] for k in keys}}
+    old, new, found = (flatten_dict(x, sep='/') for x in (old, new, found))
+    assert new.keys() == found.keys()
+    apart = {}
+    for name, aim in found.items():
+        moved = np.linalg.norm(aim - np.asarray(old[name], np.float64))
+        assert 0 < moved < np.inf, f'{name}: moved by {moved}'
+        rounding = STEPS * np.finfo(np.float32).eps * np.linalg.norm(aim)
+        error = np.linalg.norm(np.asarray(new[name], np.float64) - aim)
+        apart[name] = max(error - rounding, 0) / moved
+    assert max(apart.values()) < tolerance, apart

@@ -1,0 +1,196 @@
+"""Four training steps of every method's preset beside the authors' formulas in float64.
+
+Method, optimiser and what follows a step are those of the preset; only widths, the encoder (one
+layer, without BatchNorm) and the lengths of warm-up and freezing are small here. The oracles have
+the authors' constants as numbers.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle as o
+import pytest
+from oracle import WARM, B, Oracle
+
+SMALL = {'hidden': 12, 'projection': 5}
+
+
+def views_of(batch):
+    return batch['views'][:, 0], batch['views'][:, 1]
+
+
+# Contrastive.
+
+
+def test_simclr():
+    """google-research/simclr, tf2/objective.py: the sum of two means; tf2/lars_optimizer.py."""
+
+    def loss(p, memory, batch, t):
+        x = jnp.concatenate(views_of(batch))  # one call, so joint BatchNorm
+        z = o.unit(o.mlp(p['projector'], o.encode(p['encoder'], x), 3, last_norm=True))
+        scores = z @ z.T / 0.1 - 1e9 * jnp.eye(2 * B)
+        label = jnp.arange(2 * B)
+        return 2 * o.cross_entropy(scores, (label + B) % (2 * B)), None
+
+    rate = o.for_all(o.rates(4.8, WARM))
+    oracle = Oracle(loss, o.lars(rate, 1e-4, classic=True))
+    o.check(oracle, o.ours(o.preset('simclr_resnet', 'imagenet'), SMALL))
+
+
+def test_sup_con():
+    """SupContrast, losses.py and main_supcon.py: τ / 0.07 times L_out; all weights decay."""
+
+    def loss(p, memory, batch, t):
+        x = jnp.concatenate(views_of(batch))
+        z = o.unit(o.mlp(p['projector'], o.encode(p['encoder'], x), 2, norm=False))
+        label = jnp.tile(batch['label'], 2)
+        others = 1 - jnp.eye(2 * B)
+        scores = z @ z.T / 0.1
+        log = scores - jnp.log((jnp.exp(scores) * others).sum(1, keepdims=True))
+        positive = (label[:, None] == label) * others
+        return -0.1 / 0.07 * ((positive * log).sum(1) / positive.sum(1)).mean(), None
+
+    rate = o.for_all(o.rates(0.5, WARM, first=0.01, last=0.5e-3))
+    o.check(Oracle(loss, o.sgd(rate, 1e-4)), o.ours(o.preset('sup_con', 'cifar10'), SMALL))
+
+
+def test_clip():
+    """Radford et al. 2021, figure 3; open_clip: AdamW, decay of what has two dimensions."""
+
+    def loss(p, memory, batch, t):
+        image = o.encode(p['encoder'], batch['views'][:, 0])
+        words = jax.nn.one_hot(batch['text'], o.WORDS, dtype=jnp.float64).mean(1)
+        text = o.encode(p['text']['encoder'], words)
+        image = o.unit(o.dense(p['projection']['linear1'], image))
+        text = o.unit(o.dense(p['text']['projection']['linear1'], text))
+        scores = jnp.exp(p['logit_scale']) * image @ text.T
+        label = jnp.arange(B)
+        return (o.cross_entropy(scores, label) + o.cross_entropy(scores.T, label)) / 2, None
+
+    rate = o.for_all(o.rates(5e-4, WARM))
+    oracle = Oracle(loss, o.adamw(rate, lambda t: 0.2, b2=0.98, eps=1e-6))
+    run = o.ours(o.preset('clip_vit', 'openai'), {'projection': 5}, views=1, text=True)
+    o.check(oracle, run)
+
+
+def test_siglip():
+    """Zhai et al. 2023, algorithm 1; big_vision: decay 1e-4 that follows the schedule alone."""
+
+    def loss(p, memory, batch, t):
+        image = o.unit(o.encode(p['encoder'], batch['views'][:, 0]))
+        words = jax.nn.one_hot(batch['text'], o.WORDS, dtype=jnp.float64).mean(1)
+        text = o.encode(p['text']['encoder'], words)
+        text = o.unit(o.dense(p['text']['projection']['linear1'], text))
+        scores = jnp.exp(p['logit_scale']) * image @ text.T + p['logit_bias']
+        sign = 2 * jnp.eye(B) - 1
+        return -jnp.log(1 / (1 + jnp.exp(-sign * scores))).sum() / B, None
+
+    def clip(gradients):
+        norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+        return {name: g / max(norm, 1.0) for name, g in gradients.items()}
+
+    rate = o.for_all(o.rates(1e-3, WARM))
+    oracle = Oracle(loss, o.adamw(rate, lambda t: 1e-4 / 1e-3, b2=0.95), clip=clip)
+    run = o.ours(o.preset('siglip_vit', 'webli'), {'projection': 6}, views=1, text=True)
+    o.check(oracle, run)
+
+
+@pytest.mark.parametrize('name', ['triplet', 'max_margin', 'n_pair'])
+def test_metric_learning(name):
+    """FaceNet, eq. 1, and TensorFlow Addons' semi-hard mining; Hadsell et al., eq. 4; Sohn, eq. 6.
+
+    The recipe is this project's: SGD, decay of the kernels alone.
+    """
+
+    def loss(p, memory, batch, t):
+        x = batch['views'].reshape(-1, 24)
+        z = o.dense(p['projector']['linear1'], o.encode(p['encoder'], x))
+        label = jnp.repeat(batch['label'], 2)
+        same, itself = label[:, None] == label, jnp.eye(2 * B, dtype=bool)
+        if name == 'n_pair':
+            anchor, positive = z[::2], z[1::2]
+            scores = anchor @ positive.T
+            negative = batch['label'][:, None] != batch['label']
+            apart = jnp.exp(scores - jnp.diag(scores)[:, None]) * negative
+            return jnp.log1p(apart.sum(1)).mean(), None
+        z = o.unit(z)
+        square = ((z[:, None] - z) ** 2).sum(-1)
+        if name == 'max_margin':
+            d = jnp.sqrt(jnp.where(itself, 1.0, square))
+            terms = jnp.where(same, d**2, jnp.maximum(1.0 - d, 0) ** 2) / 2
+            return jnp.where(itself, 0.0, terms).sum() / (2 * B * (2 * B - 1)), None
+        # [a, p, n]: the nearest negative beyond the positive, or else the farthest of all.
+        far, near = square[:, :, None], square[:, None, :]
+        negative = ~same[:, None, :]
+        beyond = jnp.where(negative & (near > far), near, jnp.inf).min(2)
+        chosen = jnp.where(jnp.isinf(beyond), jnp.where(negative, near, 0.0).max(2), beyond)
+        positive = same & ~itself
+        terms = jnp.where(positive, jnp.maximum(square - chosen + 0.2, 0.0), 0.0)
+        return terms.sum() / positive.sum(), None
+
+    c = o.preset('metric_learning', 'cifar10')
+    if name != 'triplet':
+        c.method = {'name': 'metric_learning', 'loss': name, 'unit': name != 'n_pair'}
+    rate = o.for_all(o.rates(0.06, WARM))
+    o.check(Oracle(loss, o.sgd(rate, 5e-4, o.matrices)), o.ours(c, {'projection': 5}))
+
+
+# Distillation.
+
+
+def test_simsiam():
+    """facebookresearch/simsiam: the predictor's rate stays (--fix-pred-lr), all weights decay."""
+
+    def loss(p, memory, batch, t):
+        z = [
+            o.mlp(p['projector'], o.encode(p['encoder'], x), 3, last_norm=True)
+            for x in views_of(batch)
+        ]
+        h = [o.unit(o.mlp(p['predictor'], x, 2)) for x in z]
+        z = [jax.lax.stop_gradient(o.unit(x)) for x in z]
+        return -((h[0] * z[1]).sum(-1).mean() + (h[1] * z[0]).sum(-1).mean()) / 2, None
+
+    falling = o.rates(0.1)
+    oracle = Oracle(
+        loss, o.sgd(lambda t, name: 0.1 if name.startswith('predictor') else falling(t), 1e-4)
+    )
+    o.check(oracle, o.ours(o.preset('simsiam', 'imagenet'), {**SMALL, 'predictor': 8}))
+
+
+# Redundancy.
+
+
+def test_barlow_twins():
+    """facebookresearch/barlowtwins, main.py: weights at 0.2, biases and norms at 0.0048."""
+
+    def loss(p, memory, batch, t):
+        z = [o.mlp(p['projector'], o.encode(p['encoder'], x), 3) for x in views_of(batch)]
+        c = o.batch_norm({}, z[0]).T @ o.batch_norm({}, z[1]) / B
+        on = ((jnp.diag(c) - 1) ** 2).sum()
+        return on + 0.0051 * ((c**2).sum() - (jnp.diag(c) ** 2).sum()), None
+
+    peak = o.rates(8.0, WARM, last=8e-3)  # 2048 / 256
+    vectors = ('bias', 'scale')
+
+    def rate(t, name):
+        return peak(t) * (0.0048 if name.endswith(vectors) else 0.2)
+
+    o.check(Oracle(loss, o.lars(rate, 1e-6)), o.ours(o.preset('barlow_twins', 'imagenet'), SMALL))
+
+
+def test_vicreg():
+    """facebookresearch/vicreg, main_vicreg.py."""
+
+    def loss(p, memory, batch, t):
+        z = [o.mlp(p['projector'], o.encode(p['encoder'], x), 3) for x in views_of(batch)]
+        value = 25 * ((z[0] - z[1]) ** 2).mean()
+        for x in z:
+            x = x - x.mean(0)
+            std = jnp.sqrt((x**2).sum(0) / (B - 1) + 1e-4)
+            value += 25 * jnp.maximum(1 - std, 0).mean() / 2
+            c = x.T @ x / (B - 1)
+            value += ((c**2).sum() - (jnp.diag(c) ** 2).sum()) / 5
+        return value, None
+
+    rate = o.for_all(o.rates(1.6, WARM, last=1.6e-3))
+    o.check(Oracle(loss, o.lars(rate, 1e-6)), o.ours(o.preset('vicreg', 'imagenet'), SMALL))
