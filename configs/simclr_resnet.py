@@ -4,8 +4,8 @@
 
 Presets: the usual ones and `:flickr8k` (docs/presets.md).
 
-Paper's code: the sum of NT-Xent over the two views; here: the mean, half of it, so half the decay and
-twice the rate of biases and norms, the only two that LARS does not make independent of that factor.
+Paper's code: the sum of NT-Xent over the two views; here: the mean, half of it, so half the decay
+and, of biases and norms, twice the rate; all other steps of LARS are independent of that factor.
 BatchNorm's statistics are the global batch's, as in the authors' code. Paper's code: contrast about
 each channel's mean, saturation as HSV's; here: about the mean luma, and blended with the pixel's,
 because all recipes share torchvision's.

@@ -194,3 +194,14 @@ def test_vicreg():
 
     rate = o.for_all(o.rates(1.6, WARM, last=1.6e-3))
     o.check(Oracle(loss, o.lars(rate, 1e-6)), o.ours(o.preset('vicreg', 'imagenet'), SMALL))
+
+
+def test_supervised():
+    """Goyal et al. 2017, section 5.1, without decay of the classifier's bias."""
+
+    def loss(p, memory, batch, t):
+        logits = o.dense(p['head']['linear'], o.encode(p['encoder'], batch['views'][:, 0]))
+        return o.cross_entropy(logits, batch['label']), None
+
+    oracle = Oracle(loss, o.sgd(o.for_all(o.rates(3.2, WARM)), 1e-4, o.matrices))
+    o.check(oracle, o.ours(o.preset('supervised', 'imagenet'), {'classes': 4}, views=1))

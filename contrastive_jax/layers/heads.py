@@ -121,6 +121,7 @@ class DINOHead(nn.Module):
 
     Initialised as in the authors' code: the MLP from a normal distribution (there cut off at 100
     standard deviations), the last layer as PyTorch's Linear, uniform within ±1/√bottleneck.
+    Authors' code: the exact GELU; here: its tanh approximation, as in the models.
 
     Attributes:
         prototypes: K, dimensions that the softmax is over.
