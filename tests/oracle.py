@@ -102,13 +102,13 @@ def everything(name, w):
     return True
 
 
-def sgd(rate, decay, decays=everything, momentum=0.9):
+def sgd(rate, decay, decays=everything, momentum=0.9, nesterov=False):
     """torch.optim.SGD."""
 
     def update(t, name, g, w, s):
         d = g + MORE * decay * w * decays(name, w)
         s = {'d': momentum * s['d'] + d if s else d}
-        return w - rate(t, name) * s['d'], s
+        return w - rate(t, name) * (d + momentum * s['d'] if nesterov else s['d']), s
 
     return update
 

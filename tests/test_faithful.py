@@ -196,12 +196,16 @@ def test_vicreg():
     o.check(Oracle(loss, o.lars(rate, 1e-6)), o.ours(o.preset('vicreg', 'imagenet'), SMALL))
 
 
-def test_supervised():
-    """Goyal et al. 2017, section 5.1, without decay of the classifier's bias."""
+@pytest.mark.parametrize('arg', ['cifar10', 'imagenet'])
+def test_supervised(arg):
+    """SupContrast, main_ce.py; Goyal et al. 2017, section 5.1, but that the bias does not decay."""
 
     def loss(p, memory, batch, t):
         logits = o.dense(p['head']['linear'], o.encode(p['encoder'], batch['views'][:, 0]))
         return o.cross_entropy(logits, batch['label']), None
 
-    oracle = Oracle(loss, o.sgd(o.for_all(o.rates(3.2, WARM)), 1e-4, o.matrices))
-    o.check(oracle, o.ours(o.preset('supervised', 'imagenet'), {'classes': 4}, views=1))
+    update = o.sgd(o.for_all(o.rates(0.8, WARM, first=0.01, last=8e-4)), 1e-4)
+    if arg == 'imagenet':
+        rate = o.for_all(o.rates(3.2, WARM, first=0.1))
+        update = o.sgd(rate, 1e-4, o.matrices, nesterov=True)
+    o.check(Oracle(loss, update), o.ours(o.preset('supervised', arg), {'classes': 4}, views=1))
