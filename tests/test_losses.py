@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contrastive_jax import losses, parallel
+from contrastive_jax.losses.captions import SAME_TEXT
 
 TOLERANCE = 2e-6  # relative, float32 against float64
 FLOOR = 1e-3  # a loss or gradient below this is compared absolutely, at TOLERANCE × FLOOR
@@ -328,7 +329,7 @@ CASES['siglip_records'] = (
         a, b, scale, bias, record_B=records, **how
     ),
 )
-for same_text in losses.SAME_TEXT:
+for same_text in SAME_TEXT:
     CASES[f'clip_{same_text}'] = (
         lambda rng, B, D: (*two_views(rng, B, D), labelled(rng, B, D)[1]),
         clip_oracle(same_text),
@@ -517,7 +518,7 @@ def test_a_pair_that_is_there_twice_costs_clip_nothing_unless_it_is_a_negative()
     texts = jnp.array([7, 7, 2])
     found = {
         same_text: float(losses.clip(z, z, 100.0, texts, same_text=same_text))
-        for same_text in losses.SAME_TEXT
+        for same_text in SAME_TEXT
     }
     assert found['negative'] == pytest.approx(2 / 3 * np.log(2), rel=1e-6)
     assert max(found['mask'], found['positive']) < 1e-6

@@ -1,6 +1,6 @@
 """Pure functions of embeddings. They see the global batch and store no matrix of scores."""
 
-from contrastive_jax.losses.captions import SAME_TEXT, clip, equal_rows, siglip
+from contrastive_jax.losses.captions import clip, equal_rows, siglip
 from contrastive_jax.losses.contrastive import info_nce, nt_xent, proto_nce, sup_con
 from contrastive_jax.losses.distillation import (
     centre,
@@ -16,7 +16,6 @@ from contrastive_jax.losses.redundancy import barlow_twins, koleo, output_std, v
 from contrastive_jax.losses.scores import unit
 
 __all__ = [
-    'SAME_TEXT',
     'barlow_twins',
     'centre',
     'clip',

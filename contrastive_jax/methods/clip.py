@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from contrastive_jax import losses, models
 from contrastive_jax.config import check_range, choose
 from contrastive_jax.inputs import INDEX
+from contrastive_jax.losses.captions import SAME_TEXT
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.pair import Pair, at_most
 
@@ -43,7 +44,7 @@ def make(
             'negative' as in the paper, 'mask' or 'positive'; see losses.clip.
     """
     check_range('config.method', {'temperature': temperature, 'most': most}, above=0, who='clip')
-    choose('same_text', same_text, dict.fromkeys(losses.SAME_TEXT), 'config.method')
+    choose('same_text', same_text, dict.fromkeys(SAME_TEXT), 'config.method')
     pair = Pair(model, text, projection, locked)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:

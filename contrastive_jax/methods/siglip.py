@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from contrastive_jax import losses, models
 from contrastive_jax.config import check_range, choose
 from contrastive_jax.inputs import INDEX
+from contrastive_jax.losses.captions import SAME_TEXT
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.pair import Pair
 
@@ -42,7 +43,7 @@ def make(
             'negative' as in the paper, 'mask' or 'positive'; see losses.siglip.
     """
     check_range('config.method', {'logit_scale': logit_scale}, above=0, who='siglip')
-    choose('same_text', same_text, dict.fromkeys(losses.SAME_TEXT), 'config.method')
+    choose('same_text', same_text, dict.fromkeys(SAME_TEXT), 'config.method')
     pair = Pair(model, text, projection, locked, project_images, text_bias=not project_images)
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
