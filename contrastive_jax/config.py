@@ -296,6 +296,33 @@ def defaults() -> dict[str, Any]:
     return flatten(json.loads(json.dumps(base().to_dict())))
 
 
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with every keyword that it leaves at the default of its method, model, optimiser.
+
+    Args:
+        config: nested; parts that name nothing or what does not exist stay as they are.
+    """
+
+    def filled(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
+        parameters = inspect.signature(function).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(given)
+
+    found = dict(config)
+    parts = {'inputs': 'inputs', 'model': 'models', 'text': 'models', 'method': 'methods'}
+    for part, package in parts.items():
+        given = found.get(part) or {}
+        try:
+            make = module(package, given.get('name', ''), '').make
+        except UserError:
+            continue
+        found[part] = filled(make, given)
+    if given := found.get('optim'):
+        optim = importlib.import_module('contrastive_jax.optim')
+        given = filled(optim.OPTIMISERS.get(given.get('name'), lambda: None), given)
+        found['optim'] = filled(optim.make, given)
+    return found
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     """{'a': {'b': 1}} -> {'a.b': 1}."""
     flat = {}

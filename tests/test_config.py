@@ -1,11 +1,14 @@
-"""Ranges of a config's numbers."""
+"""Ranges of numbers in a config, and when two configs are the same."""
 
 import math
+import pathlib
+import runpy
 
 import numpy as np
 import pytest
 
 from contrastive_jax.config import UserError, check_range
+from contrastive_jax.workdir import checkpoint
 
 
 @pytest.mark.parametrize(
@@ -41,3 +44,19 @@ def test_what_is_in_range_passes():
     check_range('config', {'a': 1e-9, 'b': np.float64(1e300)}, above=0)
     check_range('config', {'a': 2**70, 'b': np.int32(1)}, least=1, whole=True)
     check_range('config', {'a': -1e300})
+
+
+def test_a_key_at_its_default_is_no_other_config(tmp_path):
+    """A run of before the key was there is the same run; with another value it is not."""
+    path = pathlib.Path(__file__).parents[1] / 'configs' / 'clip_vit.py'
+    config = runpy.run_path(str(path))['get_config']().to_dict()
+    assert config['method'].pop('same_text') == 'negative'
+    checkpoint.claim(tmp_path, config)
+    for key in ('decayed', 'clip_by'):
+        assert key not in config['optim']
+    config['optim']['decayed'] = ('kernels', 'embeddings')
+    for same in ({}, {'same_text': 'negative'}):
+        checkpoint.check(tmp_path, {**config, 'method': {**config['method'], **same}})
+    other = {**config, 'method': {**config['method'], 'same_text': 'mask'}}
+    with pytest.raises(UserError, match="same_text: there 'negative', here 'mask'"):
+        checkpoint.check(tmp_path, other)

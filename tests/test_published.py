@@ -1,6 +1,5 @@
 """Presets that name a paper are that paper's, key by key: tests/published.toml."""
 
-import inspect
 import math
 import pathlib
 import runpy
@@ -15,30 +14,13 @@ HERE = pathlib.Path(__file__).parent
 PUBLISHED = tomllib.loads((HERE / 'published.toml').read_text())
 
 
-def defaults(function):
-    """Keyword -> default value of a function's parameters that have one."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
 def effective(name):
     """Every key that the preset's run depends on, flat: what it sets, and defaults for the rest."""
     file, preset = name.split(':')
     config = runpy.run_path(str(HERE.parent / 'configs' / f'{file}.py'))['get_config'](preset)
-    found = config.to_dict()
-    for part, package in (('model', 'models'), ('text', 'models'), ('method', 'methods')):
-        if spec := found[part]:
-            make = config_lib.module(package, spec['name'], f'config.{part}').make
-            found[part] = defaults(make) | spec
-    options = defaults(optim.OPTIMISERS[found['optim']['name']])
-    found['optim'] = defaults(optim.make) | options | found['optim']
-    known = found['optim'].keys() & inspect.signature(optim.make).parameters.keys()
-    given = {k: found['optim'][k] for k in known - {'options', 'total_steps', 'batch_size'}}
-    _, schedule = optim.make(
-        **{**given, 'modules': None, 'warmup': 0.0},
-        total_steps=100,
-        batch_size=found['batch_size'],
-    )
+    found = config_lib.completed(config.to_dict())
+    options = {**found['optim'], 'modules': None, 'warmup': 0.0}
+    _, schedule = optim.make(**options, total_steps=100, batch_size=found['batch_size'])
     return config_lib.flatten(found) | {'peak': float(schedule(0))}
 
 

@@ -15,7 +15,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from contrastive_jax.config import ROLES, UserError, check_range, defaults, flatten, updated
+from contrastive_jax.config import (
+    ROLES,
+    UserError,
+    check_range,
+    completed,
+    defaults,
+    flatten,
+    updated,
+)
 from contrastive_jax.state import TrainState
 
 CONFIG = 'config.json'
@@ -161,8 +169,9 @@ def check(
     if not must_exist and not exists(workdir):
         return
     # Keys that a run is older than had the effect of their defaults.
-    theirs = defaults() | flatten(read(workdir))
-    ours = flatten(json.loads(json.dumps(dict(config))))
+    theirs, ours = (
+        defaults() | flatten(json.loads(json.dumps(completed(c)))) for c in (read(workdir), config)
+    )
     differing = [
         f'  config.{key}: there {theirs.get(key, "(not set)")!r}, '
         f'here {ours.get(key, "(not set)")!r}'
