@@ -117,7 +117,7 @@ def test_a_run_of_them_trains_resumes_and_is_evaluated_from_where_it_started(run
         (
             ('encoder', 'projector'),
             {'method.hidden': 24},
-            r'config\.init_modules: those of .*run0 do not fit; 6 differ, first:\n'
+            r'config\.init_modules: those of .*run\d do not fit; 6 differ, first:\n'
             r'  projector/linear1/kernel: here \(8, 24\), there \(8, 16\)',
         ),
         (
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_listed(mesh, run, modules, keys, expected):
 
 
 def test_mistakes(mesh, run, tmp_path):
-    with pytest.raises(UserError, match=r"module of .*run0 'predictor'.*'encoder', 'projector'"):
+    with pytest.raises(UserError, match=r"module of .*run\d 'predictor'.*'encoder', 'projector'"):
         started(mesh, run, ('predictor',), 'byol')
     with pytest.raises(
         UserError, match=r'config\.init_modules: got .*config.init_from.* is not set'
