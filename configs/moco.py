@@ -49,8 +49,7 @@ def imagenet(c: Config) -> None:
 
 
 def imagenet_v1(c: Config) -> None:
-    """MoCo v1. Paper: a tenth of the rate after 120 and after 160 epochs, greyscale before the
-    jitter; here: a cosine as in v2, greyscale last, because all recipes share both."""
+    """MoCo v1. Paper: greyscale before the jitter; here: after it, as in all recipes."""
     recipes.imagenet(c, epochs=200.0, batch=256)
     recipes.torchvision(c)
     c.inputs.crop.scale = (0.2, 1.0)
@@ -58,6 +57,7 @@ def imagenet_v1(c: Config) -> None:
     c.inputs.augment = {'jitter': jitter, 'grayscale': {'prob': 0.2}}
     c.method = {'name': 'moco', 'temperature': 0.07, 'layers': 1}
     recipes.torch_sgd(c, 0.03, 1e-4)
+    c.optim.milestones = (120 / 200, 160 / 200)
 
 
 def folder(c: Config) -> None:

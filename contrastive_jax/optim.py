@@ -1,4 +1,4 @@
-"""Optimisers and the schedules of learning rate and weight decay, from optax."""
+"""Optimisers, from optax."""
 
 import inspect
 import math
@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from contrastive_jax.config import check_range, choose, unknown
+from contrastive_jax.config import UserError, check_range, choose, each, unknown
 from contrastive_jax.parameters import KINDS, names, of_kinds, rate_factors
+from contrastive_jax.schedules import cosine_between, warmup_cosine, warmup_steps
 
 Decay = float | optax.Schedule
 Mask = Callable[[Any], Any]  # parameters -> which of them are decayed
@@ -19,7 +20,7 @@ WHERE = 'config.optim'
 # Keys of every optimiser, and those of all modules together.
 SHARED = (
     *('learning_rate', 'scaling', 'weight_decay', 'final_weight_decay', 'decayed'),
-    *('warmup', 'initial_fraction', 'final_fraction', 'frozen'),
+    *('warmup', 'initial_fraction', 'final_fraction', 'milestones', 'milestone_factor', 'frozen'),
 )
 WHOLE = ('layer_decay', 'patch_embedding_rate', 'bias_rate', 'clip_norm', 'clip_by', 'modules')
 SHARES = ('momentum', 'b1', 'b2')  # options from 0 to 1
@@ -28,52 +29,6 @@ SCALINGS: Mapping[str, Callable[[int], float]] = {  # of the learning rate, by t
     'linear': lambda batch_size: batch_size / 256,  # Goyal et al. 2017, arXiv:1706.02677
     'sqrt': lambda batch_size: math.sqrt(batch_size / 1024),  # DINOv2
 }
-
-
-def cosine_between(start: float, end: float, total_steps: int) -> optax.Schedule:
-    """Half a cosine from `start` at step 0 to `end` at `total_steps`; it stays there.
-
-    DINO's weight decay (Caron et al. 2021, arXiv:2104.14294): from 0.04 to 0.4.
-    """
-
-    def schedule(step: Any) -> jax.Array:
-        progress = jnp.clip(jnp.asarray(step, jnp.float32) / total_steps, 0.0, 1.0)
-        return end + (start - end) * (1.0 + jnp.cos(jnp.pi * progress)) / 2.0
-
-    return schedule
-
-
-def warmup_cosine(
-    peak: float,
-    total_steps: int,
-    warmup: float = 0.0,
-    final_fraction: float = 0.0,
-    initial_fraction: float = 0.0,
-) -> optax.Schedule:
-    """Linear from a share of `peak` up to it, then half a cosine down to another.
-
-    Args:
-        peak: the highest learning rate.
-        total_steps: the step at which the end value is reached; it stays there.
-        warmup: fraction of total_steps in [0, 1], rounded to a whole number of steps; the step
-            after them (the first one, without warm-up) has the peak.
-        final_fraction: in [0, 1]: 0 for SimCLR, 0.001 for Barlow Twins.
-        initial_fraction: in [0, 1]: 0 for most, 1/16 for SwAV.
-
-    Source: Goyal et al. 2017, arXiv:1706.02677 (warm-up); Loshchilov and Hutter 2017,
-    arXiv:1608.03983 (cosine).
-    """
-    rise = round(warmup * total_steps)
-
-    def schedule(step: Any) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        progress = jnp.clip((step - rise) / max(total_steps - rise, 1), 0.0, 1.0)
-        cosine = (1.0 + jnp.cos(jnp.pi * progress)) / 2.0
-        fall = final_fraction + (1.0 - final_fraction) * cosine
-        climb = initial_fraction + (1.0 - initial_fraction) * step / max(rise, 1)
-        return peak * jnp.where(step < rise, climb, fall)
-
-    return schedule
 
 
 def _adamw(
@@ -219,6 +174,8 @@ def _one(
     warmup: float,
     initial_fraction: float,
     final_fraction: float,
+    milestones: Sequence[float],
+    milestone_factor: float,
     frozen: float,
     **options: Any,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -237,14 +194,22 @@ def _one(
         numbers['final_weight_decay'] = final_weight_decay
     shares = {'warmup': warmup, 'frozen': frozen}
     shares |= {'initial_fraction': initial_fraction, 'final_fraction': final_fraction}
+    shares |= {'milestone_factor': milestone_factor, **each('milestones', milestones)}
     for key, value in options.items():
         if not isinstance(value, bool):
             (shares if key in SHARES else numbers)[key] = value
     check_range(where, numbers, least=0)
     check_range(where, shares, least=0, most=1)
-    schedule = warmup_cosine(
-        *(learning_rate * scale(batch_size), total_steps, warmup, final_fraction, initial_fraction)
-    )
+    peak = learning_rate * scale(batch_size)
+    schedule = warmup_cosine(peak, total_steps, warmup, final_fraction, initial_fraction)
+    if milestones:
+        if final_fraction:
+            raise UserError(
+                f'{where}: got final_fraction={final_fraction} and milestones={milestones}; the '
+                'first is where a cosine ends, which milestones take the place of.'
+            )
+        falling = milestones, milestone_factor
+        schedule = warmup_steps(peak, total_steps, *falling, warmup, initial_fraction)
     decay: Decay = weight_decay
     if final_weight_decay is not None:
         decay = cosine_between(weight_decay, final_weight_decay, total_steps)
@@ -278,13 +243,15 @@ def make(
     warmup: float = 0.0,
     initial_fraction: float = 0.0,
     final_fraction: float = 0.0,
+    milestones: Sequence[float] = (),
+    milestone_factor: float = 0.1,
     frozen: float = 0.0,
     clip_norm: float = 0.0,
     clip_by: str = 'all',
     modules: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """An optimiser whose learning rate warms up linearly and falls by a cosine.
+    """An optimiser whose learning rate warms up linearly and falls by a cosine or in steps.
 
     Args:
         name: 'adamw', 'sgd', 'lars' or 'lamb'.
@@ -307,6 +274,8 @@ def make(
         warmup: fraction of total_steps in [0, 1] (see `warmup_cosine`).
         initial_fraction, final_fraction: learning rate at the start of the warm-up and at the end
             over its peak, in [0, 1].
+        milestones: fractions of total_steps in [0, 1] at each of which the rate is multiplied by
+            milestone_factor, also in [0, 1], in the place of the cosine (see `warmup_steps`).
         frozen: fraction of total_steps in [0, 1] in which nothing moves and no gradient enters the
             optimiser's state. For `modules`: DINO's and SwAV's last layers.
         clip_norm: gradients are scaled down to this norm before the optimiser; 0: never.
@@ -348,6 +317,8 @@ def make(
         'warmup': warmup,
         'initial_fraction': initial_fraction,
         'final_fraction': final_fraction,
+        'milestones': tuple(milestones),
+        'milestone_factor': milestone_factor,
         'frozen': frozen,
     }
     every: dict[str, Any] = shared | options

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # From the ground up: a room (a folder or a file of the package) may import what lies below it, and
 # nothing beside or above it.
 FLOORS = (
-    ('config', 'figures'),
+    ('config', 'figures', 'schedules'),
     ('parameters',),
     ('similarity', 'augment', 'data', 'optim', 'parallel', 'planning', 'recipes'),
     ('losses', 'inputs'),

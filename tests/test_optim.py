@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from contrastive_jax import models, optim, parameters
+from contrastive_jax import models, optim, parameters, schedules
 from contrastive_jax.config import UserError
-from contrastive_jax.models import resnet, transformer, vit
+from contrastive_jax.models import nin, resnet, transformer, vit
 from contrastive_jax.state import TrainState
 from contrastive_jax.workdir import checkpoint
 
@@ -160,14 +160,34 @@ def test_schedule():
     ],
 )
 def test_schedule_at_its_edges(warmup, final, wanted):
-    schedule = optim.warmup_cosine(1.0, 8, warmup, final)
+    schedule = schedules.warmup_cosine(1.0, 8, warmup, final)
     np.testing.assert_allclose([schedule(s) for s in (0, 4, 8)], wanted, atol=1e-6)
 
 
 def test_a_warm_up_that_does_not_begin_at_zero():
     """SwAV's rises from 0.3 to 4.8."""
-    schedule = optim.warmup_cosine(4.8, 8, warmup=0.5, initial_fraction=1 / 16)
+    schedule = schedules.warmup_cosine(4.8, 8, warmup=0.5, initial_fraction=1 / 16)
     np.testing.assert_allclose([schedule(s) for s in (0, 2, 4, 8)], [0.3, 2.55, 4.8, 0], atol=1e-6)
+
+
+def test_steps_in_the_place_of_the_cosine():
+    """Goyal et al. 2017: from 0.1 to 3.2 in 5 of 90 epochs, a tenth after 30, 60 and 80."""
+    _, schedule = optim.make(
+        name='sgd',
+        learning_rate=0.1,
+        batch_size=8192,
+        total_steps=900,
+        warmup=5 / 90,
+        initial_fraction=0.1 / 3.2,
+        milestones=(30 / 90, 60 / 90, 80 / 90),
+    )
+    wanted = {0: 0.1, 25: 1.65, 50: 3.2, 299: 3.2, 300: 0.32, 599: 0.32, 600: 0.032, 799: 0.032}
+    wanted |= {800: 0.0032, 899: 0.0032, 2000: 0.0032}
+    for step, want in wanted.items():
+        np.testing.assert_allclose(schedule(step), want, rtol=1e-5)
+    steps = jnp.arange(901)
+    each = [schedule(step) for step in (0, 300, 900)]
+    np.testing.assert_allclose(jax.jit(schedule)(steps)[jnp.array([0, 300, 900])], each, 1e-6)
 
 
 def test_scaling_by_the_batch():
@@ -179,7 +199,7 @@ def test_scaling_by_the_batch():
 
 
 def test_weight_decays_schedule():
-    schedule = optim.cosine_between(0.04, 0.4, 100)
+    schedule = schedules.cosine_between(0.04, 0.4, 100)
     for step, want in ((0, 0.04), (50, 0.22), (100, 0.4), (1000, 0.4)):
         np.testing.assert_allclose(schedule(step), want, rtol=1e-6)
     want = 0.4 - 0.36 * (1 + np.cos(np.pi / 4)) / 2
@@ -413,7 +433,7 @@ def test_every_parameter_has_a_kind_and_a_factor():
         assert found[name] == (kind, pytest.approx(float(factor))), name
 
 
-@pytest.mark.parametrize('name', ['vit', 'resnet', 'transformer'])
+@pytest.mark.parametrize('name', ['vit', 'resnet', 'transformer', 'nin'])
 def test_kinds_of_every_model(name):
     """Matrices are kernels or the texts' table; no other rule than the name says a token."""
     image = jnp.zeros((1, 8, 8, 3))
@@ -425,6 +445,7 @@ def test_kinds_of_every_model(name):
         'resnet': lambda: shapes_of(
             resnet.make(widths=(8,), blocks=(1,), stem='cifar'), *image.shape
         ),
+        'nin': lambda: shapes_of(nin.make(widths=(8, 8, 8), width=8), *image.shape),
         'transformer': lambda: jax.eval_shape(
             partial(models.init, transformer.make(vocabulary=11, length=5, width=8, depth=1,
                                                   heads=2)),
@@ -587,6 +608,9 @@ def test_state_follows_the_parameters_structure():
         ({'learning_rate': float('nan')}, ['config.optim.learning_rate', 'nan']),
         ({'warmup': 10.0}, ['config.optim.warmup', '10.0', 'from 0 to 1']),
         ({'final_fraction': 2.0}, ['config.optim.final_fraction']),
+        ({'milestones': (0.5, 60.0)}, ['config.optim.milestones[1]', '60.0', 'from 0 to 1']),
+        ({'milestone_factor': 10.0}, ['config.optim.milestone_factor', 'from 0 to 1']),
+        ({'milestones': (0.5,), 'final_fraction': 0.1}, ['final_fraction=0.1', 'cosine']),
         ({'weight_decay': -0.1}, ['config.optim.weight_decay']),
         ({'clip_norm': -0.1}, ['config.optim.clip_norm']),
         ({'final_weight_decay': -0.1}, ['config.optim.final_weight_decay', 'at least 0']),

@@ -16,7 +16,7 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from contrastive_jax import evaluation, models, optim, parallel
+from contrastive_jax import evaluation, models, optim, parallel, schedules
 from contrastive_jax import inputs as inputs_lib
 from contrastive_jax.config import UserError, check_range, each
 from contrastive_jax.data import Source
@@ -109,7 +109,7 @@ def make(
 
         def train(some: np.ndarray, rate: float) -> tuple[Any, Any]:
             steps = max(math.ceil(epochs * len(some) / batch_size), min_steps)
-            schedule = np.asarray(optim.warmup_cosine(rate, steps, warmup)(np.arange(steps)))
+            schedule = np.asarray(schedules.warmup_cosine(rate, steps, warmup)(np.arange(steps)))
             # An iterator wants as many records as a batch has.
             source = subject.labelled_records(np.tile(some, math.ceil(batch_size / len(some))))
             return _train(fit, subject, weights, source, batch_size, schedule, stream)
