@@ -190,6 +190,29 @@ def test_center_crop_is_resize_and_centre_crop():
     )
 
 
+def test_a_padded_crop_is_a_window_at_a_uniform_place():
+    image, pad, size = photo(height=12, width=12), 2, 12
+    around = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    windows = {
+        around[i : i + size, j : j + size].tobytes(): (i, j)
+        for i, j in np.ndindex(2 * pad + 1, 2 * pad + 1)
+    }
+    counts = np.zeros((5, 5), int)
+    rng = np.random.default_rng(0)
+    for _ in range(2500):
+        got = geometry.random_resized_crop(image, rng, size, flip=0.0, pad=pad)
+        counts[windows[got.tobytes()]] += 1
+    assert abs(counts - 100).max() < 40  # four standard deviations
+    whole = photo(height=20, width=30)
+    got = geometry.random_resized_crop(whole, np.random.default_rng(1), size, flip=1.0, pad=pad)
+    square = geometry.center_crop_resize(whole, size)
+    around = np.pad(square, ((pad, pad), (pad, pad), (0, 0)))
+    assert any(
+        np.array_equal(got[:, ::-1], around[i : i + size, j : j + size])
+        for i, j in np.ndindex(5, 5)
+    )
+
+
 def test_crop_options_are_checked():
     assert geometry.crop_options({'scale': [0.2, 1.0]}) == {'scale': (0.2, 1.0)}
     with pytest.raises(UserError, match=r"unknown key 'scales'. Did you mean 'scale'"):
@@ -202,3 +225,5 @@ def test_crop_options_are_checked():
         geometry.crop_options({'scale': (0.5, 2)})
     with pytest.raises(UserError, match='flip'):
         geometry.crop_options({'flip': 1.5})
+    with pytest.raises(UserError, match=r'pad: got -4; expected a whole number of at least 0'):
+        geometry.crop_options({'pad': -4})

@@ -12,6 +12,7 @@ from PIL import Image
 
 from contrastive_jax import config
 
+CROP = 'scale', 'ratio', 'interpolation', 'flip', 'pad'
 INTERPOLATION = {'bicubic': Image.Resampling.BICUBIC, 'bilinear': Image.Resampling.BILINEAR}
 
 
@@ -65,8 +66,13 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = 'bicubic',
     flip: float = 0.5,
+    pad: int = 0,
 ) -> np.ndarray:
     """A random crop resized to S × S with antialiasing, flipped left to right with a probability.
+
+    Or, with `pad`, a window S × S at a random place of the image with black around it, after its
+    centre square has been resized to S × S (the usual crop for CIFAR-10, He et al. 2016, section
+    4.2): scale and ratio then do not count.
 
     Args:
         image: [H, W, 3] uint8, or a Pillow image (converted once where several views are drawn).
@@ -76,14 +82,22 @@ def random_resized_crop(
         ratio: smallest and largest width / height of the box, > 0.
         interpolation: 'bicubic' (as SimCLR) or 'bilinear'.
         flip: probability of a horizontal flip.
+        pad: pixels of black on each side; 0: a resized crop.
 
     Returns:
         [S, S, 3] uint8.
     """
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    box = crop_box(rng, picture.height, picture.width, scale, ratio)
-    # Not resize(box=box): its antialiasing reaches past the crop's edge, torchvision's does not.
-    crop = np.asarray(picture.crop(box).resize((size, size), INTERPOLATION[interpolation]))
+    if pad:
+        square = center_crop_resize(np.asarray(picture), size, 1.0, interpolation)
+        top, left = rng.integers(0, 2 * pad + 1, 2)
+        around = np.pad(square, ((pad, pad), (pad, pad), (0, 0)))
+        crop = around[top : top + size, left : left + size]
+    else:
+        box = crop_box(rng, picture.height, picture.width, scale, ratio)
+        # Not resize(box=box): its antialiasing reaches past the crop's edge, torchvision's does
+        # not.
+        crop = np.asarray(picture.crop(box).resize((size, size), INTERPOLATION[interpolation]))
     return crop[:, ::-1] if rng.random() < flip else crop
 
 
@@ -117,7 +131,7 @@ def crop_options(crop: Mapping[str, Any], where: str = 'config.inputs.crop') -> 
     """The keywords of random_resized_crop that a config sets, checked before any thread starts.
 
     Args:
-        crop: some of scale, ratio, interpolation and flip.
+        crop: some of scale, ratio, interpolation, flip and pad.
         where: the config key, for errors.
 
     Raises:
@@ -125,12 +139,13 @@ def crop_options(crop: Mapping[str, Any], where: str = 'config.inputs.crop') -> 
     """
     options = {key: crop[key] for key in crop}
     for key in options:
-        config.choose('key', key, dict.fromkeys(('scale', 'ratio', 'interpolation', 'flip')), where)
+        config.choose('key', key, dict.fromkeys(CROP), where)
     config.choose('interpolation', options.get('interpolation', 'bicubic'), INTERPOLATION, where)
     for key, most in (('scale', 1.0), ('ratio', math.inf)):
         if key in options:
             options[key] = span(options[key], most, f'{where}.{key}')
     config.check_range(where, {'flip': options.get('flip', 0.5)}, least=0, most=1)
+    config.check_range(where, {'pad': options.get('pad', 0)}, least=0, whole=True)
     return options
 
 

@@ -49,7 +49,8 @@ def make(
         mean, std: of each channel, in units of [0, 1]; networks see (pixel / 255 − mean) / std.
         views: V, random crops of each image.
         view_size: S of these; 0: size.
-        crop: keywords of geometry.random_resized_crop: scale, ratio, interpolation, flip.
+        crop: keywords of geometry.random_resized_crop: scale, ratio, interpolation, flip,
+            pad.
         local_views: L, further crops of each image (multi-crop, Caron et al. 2020,
             arXiv:2006.09882, section 3.2). They are drawn after the others, which stay the same.
         local_size: s of these, pixels.
