@@ -15,6 +15,7 @@ from contrastive_jax import inputs as inputs_lib
 from contrastive_jax.config import Config, UserError, check_range
 from contrastive_jax.data import BadRecord, text
 from contrastive_jax.data.bad_records import BadRecords
+from contrastive_jax.evaluation import Asked
 from contrastive_jax.evaluation.subject import Subject, Weights
 from contrastive_jax.experiment import Experiment
 from contrastive_jax.inputs import Inputs, pipeline
@@ -309,7 +310,15 @@ def subject(experiment: Experiment, state: TrainState, encode: Encode | None = N
         outputs=lambda: list(jax.eval_shape(encode, state.params, state.extra, blank)),
         weights=Weights(module, *encoder),
         random=int(state.step) == 0 and not e.config.init_from,
+        task=_asked(e, state) if e.method.task else None,
     )
+
+
+def _asked(e: Experiment, state: TrainState) -> Asked:
+    """The task of an experiment's method, of a state."""
+    assert e.method.task is not None
+    score = _score(e.method.task.score, e.inputs.eval.device, parallel.rows(e.mesh))
+    return Asked(functools.partial(score, state.params, state.extra), e.method.task.units)
 
 
 def baseline(
@@ -351,3 +360,13 @@ def _forward(encode: Encode, device: Callable, split: Any) -> Callable:
 
     # State and batch lie as they are.
     return jax.jit(forward, static_argnames=('name', 'prepared'), out_shardings=split)
+
+
+@functools.lru_cache(maxsize=2)
+def _score(score: Callable, device: Callable, split: Any) -> Callable:
+    """`(params, extra, batch) -> {name: [B]}`: `method.Task.score`, compiled as `_forward` is."""
+
+    def found(params: Any, extra: Any, batch: inputs_lib.Batch) -> dict[str, jax.Array]:
+        return score(params, extra, device(None, batch), jax.random.key(0))
+
+    return jax.jit(found, out_shardings=split)

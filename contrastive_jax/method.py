@@ -1,6 +1,6 @@
 """Methods: NamedTuples of pure functions, as optax's optimisers are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +62,20 @@ class Refresh(NamedTuple):
     update: Callable[..., Tree]
 
 
+class Task(NamedTuple):
+    """What a method is asked, such as which turn an image was given, posed on held-out records.
+
+    Attributes:
+        score: `(params, extra, batch, key) -> {name: [B] float}`: results of each record, of a
+            batch as `Method.encode` sees it; networks are as they are for evaluators. The key is
+            the same at every evaluation: what is asked does not change between them.
+        units: of the results by their names: '%', of a share in [0, 1]; or '' or such as 'dB'.
+    """
+
+    score: Callable[[Tree, Tree, Batch, jax.Array], dict[str, jax.Array]]
+    units: Mapping[str, str]
+
+
 class Method(NamedTuple):
     """A self-supervised method. Trainer, sharding and checkpoints know nothing else of it.
 
@@ -88,6 +102,7 @@ class Method(NamedTuple):
             what the models' own `init` would give, for other runs and programs to start from. Where
             a linear layer leads into the space that both share, 'image_projection' and
             'text_projection', and what scales their similarity, 'similarity', too.
+        task: None, or what it is asked, for the evaluator `pretext`.
     """
 
     init: Callable[[jax.Array, Batch, int], tuple[Tree, Tree]]
@@ -96,3 +111,4 @@ class Method(NamedTuple):
     after: Callable[[Tree, Tree, Tree, jax.Array], Tree] = unchanged
     refresh: Refresh | None = None
     encoders: Callable[[Tree, Tree], Encoders] = online
+    task: Task | None = None

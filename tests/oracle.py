@@ -19,6 +19,7 @@ from contrastive_jax import config, optim, state
 CONFIGS = Path(__file__).parents[1] / 'configs'
 STEPS, TOTAL, B = 3, 10, 8  # of TOTAL steps the first STEPS are taken, on B records
 WARM, FROZEN = 2, 2  # steps, where a preset has a warm-up or freezes a module
+DROP = 2  # step at which the rate falls, where a preset has milestones
 MORE = 1e4  # times the decay of SGD and LARS, which would be lost in float32's rounding
 WORDS = 9
 
@@ -82,12 +83,17 @@ def cross_entropy(logits, label):
 # Optimisers: `(t, name, gradient, weight, state) -> (weight, state)` of one array.
 
 
-def rates(peak, warm=0, first=0.0, last=0.0):
-    """Linear from `first` to `peak` in `warm` steps, then half a cosine to `last`."""
+def rates(peak, warm=0, first=0.0, last=0.0, drops=()):
+    """Linear from `first` to `peak` in `warm` steps, then half a cosine to `last`.
+
+    With `drops`, from these steps on the next lower rate, in the cosine's place: [(step, rate)].
+    """
 
     def rate(t):
         if t < warm:
             return first + (peak - first) * t / warm
+        if drops:
+            return [peak, *(r for step, r in drops if t >= step)][-1]
         return last + (peak - last) * (1 + np.cos(np.pi * (t - warm) / (TOTAL - warm))) / 2
 
     return rate
@@ -175,12 +181,17 @@ class Oracle(NamedTuple):
 
 
 def preset(file, arg):
-    """A config with MORE decay, WARM steps of warm-up and FROZEN ones of its frozen modules."""
+    """A config with MORE decay, WARM steps of warm-up and FROZEN ones of its frozen modules.
+
+    Where its rate falls in steps, it does so once, after DROP of them.
+    """
     c = runpy.run_path(str(CONFIGS / f'{file}.py'))['get_config'](arg).unlock()
     if c.optim.name in ('sgd', 'lars'):
         c.optim.weight_decay *= MORE
     if c.optim.get('warmup'):
         c.optim.warmup = WARM / TOTAL
+    if c.optim.get('milestones'):
+        c.optim.milestones = (DROP / TOTAL,)
     for changes in c.optim.get('modules', {}).values():
         if 'frozen' in changes:
             changes.frozen = FROZEN / TOTAL
@@ -204,7 +215,7 @@ def batches(seed=0):
         }
 
 
-def ours(c, options, views=2, local=False, text=False, model=None, extra=None):
+def ours(c, options, views=2, local=False, text=False, model=None, extra=None, square=False):
     """States before and after STEPS steps of the package, and the batches.
 
     Args:
@@ -212,11 +223,13 @@ def ours(c, options, views=2, local=False, text=False, model=None, extra=None):
         views, local, text: what of the batches it is given.
         model: its encoder.
         extra: `extra -> extra` at the start.
+        square: whether its images are cut to squares.
     """
     options = {**c.method.to_dict(), **options, **({'text': Eye(5)} if text else {})}
     method = config.build('methods', options, 'test', model or Eye())
     tx, _ = optim.make(**c.optim.to_dict(), total_steps=TOTAL, batch_size=c.batch_size)
-    given = [{**b, 'views': b['views'][:, :views]} for b in batches()]
+    width = 2 if square else 4
+    given = [{**b, 'views': b['views'][:, :views, :, :width]} for b in batches()]
     if not local:
         given = [{k: v for k, v in b.items() if k != 'local_views'} for b in given]
     before = jax.jit(state.make_init(method, tx, seed=3, records=20))(given[0])

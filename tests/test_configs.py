@@ -36,6 +36,7 @@ ALL = [(path, name) for path in CONFIGS for name in presets(path)]
 SHALLOW = {
     'resnet': lambda stages: {'blocks': (1,) * stages},
     'vit': lambda stages: {'depth': 1},
+    'nin': lambda stages: {'blocks': 2},
 }
 
 

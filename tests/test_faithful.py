@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle as o
 import pytest
-from oracle import WARM, B, Oracle
+from oracle import DROP, WARM, B, Oracle
 
 SMALL = {'hidden': 12, 'projection': 5}
 
@@ -135,6 +135,26 @@ def test_metric_learning(name):
     o.check(Oracle(loss, o.sgd(rate, 5e-4, o.matrices)), o.ours(c, {'projection': 5}))
 
 
+# Pretext tasks.
+
+
+def test_rotation():
+    """gidariss/FeatureLearningRotNet: dataloader.py's turns, cross-entropy over all of them."""
+
+    def loss(p, memory, batch, t):
+        x = batch['views'][:, 0]
+        quarter = x.transpose(0, 2, 1, 3)[:, ::-1]  # flipud of the transposed image
+        half = x[:, ::-1, ::-1]
+        turns = [x, quarter, half, quarter[:, ::-1, ::-1]]
+        logits = [o.dense(p['head']['linear'], o.encode(p['encoder'], y)) for y in turns]
+        terms = [o.cross_entropy(y, jnp.full(B, k)) for k, y in enumerate(logits)]
+        return sum(terms) / 4, None
+
+    rate = o.for_all(o.rates(0.1, drops=[(DROP, 0.02)]))
+    run = o.ours(o.preset('rotation', 'cifar10'), {}, views=1, square=True)
+    o.check(Oracle(loss, o.sgd(rate, 5e-4, nesterov=True)), run)
+
+
 # Distillation.
 
 
@@ -206,6 +226,6 @@ def test_supervised(arg):
 
     update = o.sgd(o.for_all(o.rates(0.8, WARM, first=0.01, last=8e-4)), 1e-4)
     if arg == 'imagenet':
-        rate = o.for_all(o.rates(3.2, WARM, first=0.1))
+        rate = o.for_all(o.rates(3.2, WARM, first=0.1, drops=[(DROP, 0.32)]))
         update = o.sgd(rate, 1e-4, o.matrices, nesterov=True)
     o.check(Oracle(loss, update), o.ours(o.preset('supervised', arg), {'classes': 4}, views=1))

@@ -4,11 +4,14 @@ n: rows, h w: a map of patches, H W: an image, C: channels.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import numpy as np
 from absl import logging
+
+from contrastive_jax.inputs import Batch
 
 if TYPE_CHECKING:
     from contrastive_jax.evaluation.subject import Subject
@@ -45,6 +48,19 @@ def titled(evaluator: str, label: str) -> str:
     ('knn', 'knn, speaker')
     """
     return evaluator if label == 'label' else f'{evaluator}, {label}'
+
+
+class Asked(NamedTuple):
+    """A method's own task, of some weights: see `method.Task`.
+
+    Attributes:
+        score: jitted `(batch) -> {name: [B] float}`, sharded on B, of a batch as
+            `inputs.eval.device` takes it.
+        units: of the results by their names.
+    """
+
+    score: Callable[[Batch], dict[str, jax.Array]]
+    units: Mapping[str, str]
 
 
 # An evaluator yields numbers, those with a title as Measures, and figures, the bytes of PNG files.

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from contrastive_jax import config, data, models, parallel
 from contrastive_jax.data import Source
 from contrastive_jax.data.bad_records import BadRecords
-from contrastive_jax.evaluation import pooled, spread
+from contrastive_jax.evaluation import Asked, pooled, spread
 from contrastive_jax.inputs import Batch, Inputs, pipeline
 
 Rows = Sequence[int] | np.ndarray  # of records
@@ -60,6 +60,7 @@ class Subject:
         outputs: Callable[[], Sequence[str]] = tuple,
         weights: Weights | None = None,
         random: bool = False,
+        task: Asked | None = None,
     ):
         """
         Args:
@@ -76,10 +77,11 @@ class Subject:
             outputs: `() ->` the names that encode knows.
             weights: of the encoder. None: there is none, as of the baseline.
             random: its weights are those that a new network has.
+            task: what its method asks of records. None: nothing.
         """
         self.inputs, self.splits, self.mesh = inputs, dict(splits), mesh
         self.classes = next(iter(self.splits.values())).classes
-        self.weights, self.random = weights, random
+        self.weights, self.random, self.task = weights, random, task
         self._encode, self._outputs, self._batch_size = encode, outputs, batch_size
         self.bad = bad or BadRecords(None, sum(map(len, splits.values())), 1.0)
         self._features: dict[tuple[str, str], jax.Array] = {}
