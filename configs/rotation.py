@@ -10,22 +10,16 @@ from contrastive_jax import config as config_lib
 from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
-METHOD = {'name': 'rotation'}
-
 
 def digits(c: Config) -> None:
     recipes.digits(c, steps=300)  # of four turns an image
-    c.log_every = 50
-    c.inputs.views, c.inputs.augment, c.inputs.crop.scale = 1, {}, (0.7, 1.0)
-    c.method = METHOD
-    probes(c)
+    c.inputs.crop.scale = (0.7, 1.0)
+    rotation(c)
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=1500)
-    c.inputs.views, c.inputs.augment = 1, {}
-    c.method = METHOD
-    probes(c)
+    recipes.cifar10_small(c, steps=850)
+    rotation(c)
 
 
 def cifar10(c: Config) -> None:
@@ -35,31 +29,31 @@ def cifar10(c: Config) -> None:
     begins as torch's Linear; here: from 0.
     """
     recipes.cifar10(c, epochs=200.0, batch=128)
-    c.inputs.views, c.inputs.augment, c.inputs.crop = 1, {}, {'pad': 4, 'flip': 0.5}
+    c.inputs.crop = {'pad': 4, 'flip': 0.5}
     c.inputs.mean = tuple(x / 255 for x in (125.3, 123.0, 113.9))
     c.inputs.std = tuple(x / 255 for x in (63.0, 62.1, 66.7))
-    c.model, c.method = {'name': 'nin'}, METHOD
+    c.model = {'name': 'nin'}
     recipes.torch_sgd(c, 0.2, 5e-4)  # 0.1 for a batch of 128
     c.optim.update({'nesterov': True, 'milestones': (0.3, 0.6, 0.8), 'milestone_factor': 0.2})
-    probes(c)
+    rotation(c)
 
 
 def imagenet(c: Config) -> None:
-    """VISSL's ResNet-50 (rotnet_8gpu_resnet.yaml), on all four turns of each image as in the paper.
+    """VISSL's ResNet-50 (rotnet_8gpu_resnet.yaml).
 
-    VISSL: one turn an image, drawn at random, and the classifier's bias decays; here: all four, and
-    it does not.
+    VISSL: one turn an image, drawn at random, and the classifier's bias decays; here: all four, as
+    in the paper, and it does not.
     """
     recipes.imagenet(c, epochs=105.0, batch=256)
     recipes.torchvision(c)
-    c.inputs.views, c.inputs.augment, c.method = 1, {}, METHOD
+    rotation(c)
     c.optim = {'name': 'sgd', 'learning_rate': 0.1, 'weight_decay': 1e-4}
-    c.optim.milestones = (30 / 105, 60 / 105, 90 / 105, 100 / 105)
-    probes(c)
+    c.optim.update({'milestones': (30 / 105, 60 / 105, 90 / 105, 100 / 105)})
 
 
-def probes(c: Config) -> None:
-    """The task itself, and a linear probe at every depth."""
+def rotation(c: Config) -> None:
+    """One view an image; evaluators probe every depth and the task itself."""
+    c.inputs.views, c.inputs.augment, c.method = 1, {}, {'name': 'rotation'}
     outputs = ('features', 'block*' if c.model.name == 'nin' else 'stage*')
     c.evals.update({'linear': {'outputs': outputs}, 'pretext': {}})
 

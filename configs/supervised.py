@@ -46,7 +46,7 @@ def imagenet(c: Config) -> None:
     # From 0.1 to 3.2.
     c.optim = {'name': 'sgd', 'learning_rate': 0.1, 'weight_decay': 1e-4, 'nesterov': True}
     c.optim.update({'warmup': 5 / 90, 'initial_fraction': 0.1 / 3.2})
-    c.optim.milestones = (30 / 90, 60 / 90, 80 / 90)
+    c.optim.update({'milestones': (30 / 90, 60 / 90, 80 / 90)})
 
 
 def folder(c: Config) -> None:
