@@ -317,7 +317,8 @@ def subject(experiment: Experiment, state: TrainState, encode: Encode | None = N
 def _asked(e: Experiment, state: TrainState) -> Asked:
     """The task of an experiment's method, of a state."""
     assert e.method.task is not None
-    score = _score(e.method.task.score, e.inputs.eval.device, parallel.rows(e.mesh))
+    device = (e.inputs.task or e.inputs.eval).device
+    score = _score(e.method.task.score, device, parallel.rows(e.mesh))
     return Asked(functools.partial(score, state.params, state.extra), e.method.task.units)
 
 

@@ -67,8 +67,9 @@ class Task(NamedTuple):
 
     Attributes:
         score: `(params, extra, batch, key) -> {name: [B] float}`: results of each record, of a
-            batch as `Method.encode` sees it; networks are as they are for evaluators. The key is
-            the same at every evaluation: what is asked does not change between them.
+            batch as `task` of the inputs gives it, or where they have none as `Method.encode` sees
+            it; networks are as they are for evaluators. The key is the same at every evaluation:
+            what is asked does not change between them.
         units: of the results by their names: '%', of a share in [0, 1]; or '' or such as 'dB'.
     """
 

@@ -215,7 +215,7 @@ def batches(seed=0):
         }
 
 
-def ours(c, options, views=2, local=False, text=False, model=None, extra=None, square=False):
+def ours(c, options, views=2, local=False, text=False, model=None, extra=None, cut=None):
     """States before and after STEPS steps of the package, and the batches.
 
     Args:
@@ -223,13 +223,14 @@ def ours(c, options, views=2, local=False, text=False, model=None, extra=None, s
         views, local, text: what of the batches it is given.
         model: its encoder.
         extra: `extra -> extra` at the start.
-        square: whether its images are cut to squares.
+        cut: `views -> views` of a batch.
     """
     options = {**c.method.to_dict(), **options, **({'text': Eye(5)} if text else {})}
     method = config.build('methods', options, 'test', model or Eye())
     tx, _ = optim.make(**c.optim.to_dict(), total_steps=TOTAL, batch_size=c.batch_size)
-    width = 2 if square else 4
-    given = [{**b, 'views': b['views'][:, :views, :, :width]} for b in batches()]
+    given = [{**b, 'views': b['views'][:, :views]} for b in batches()]
+    if cut:
+        given = [{**b, 'views': cut(b['views'])} for b in given]
     if not local:
         given = [{k: v for k, v in b.items() if k != 'local_views'} for b in given]
     before = jax.jit(state.make_init(method, tx, seed=3, records=20))(given[0])

@@ -12,6 +12,8 @@ import oracle as o
 import pytest
 from oracle import DROP, WARM, B, Oracle
 
+from contrastive_jax.methods import jigsaw
+
 SMALL = {'hidden': 12, 'projection': 5}
 
 
@@ -151,8 +153,62 @@ def test_rotation():
         return sum(terms) / 4, None
 
     rate = o.for_all(o.rates(0.1, drops=[(DROP, 0.02)]))
-    run = o.ours(o.preset('rotation', 'cifar10'), {}, views=1, square=True)
+    run = o.ours(o.preset('rotation', 'cifar10'), {}, views=1, cut=lambda views: views[:, :, :, :2])
     o.check(Oracle(loss, o.sgd(rate, 5e-4, nesterov=True)), run)
+
+
+def quarters(views):
+    """Four tiles of one pixel in height and two in width, row by row."""
+    halves = [views[:, 0, i : i + 1, j : j + 2] for i in (0, 1) for j in (0, 2)]
+    return np.stack(halves, axis=1)
+
+
+def tiles_of(p, batch):
+    return [o.encode(p['encoder'], batch['views'][:, i]) for i in range(4)]
+
+
+def test_relative_patch():
+    """Doersch et al. 2015, figure 3: of 2 × 2 tiles all twelve pairs; labels row by row."""
+    # The second tile's direction from the first: above left 0, above 1, ... left 3, right 4, ...
+    table = [(0, 1, 4), (0, 2, 6), (0, 3, 7), (1, 0, 3), (1, 2, 5), (1, 3, 6)]
+    table += [(2, 0, 1), (2, 1, 2), (2, 3, 4), (3, 0, 0), (3, 1, 1), (3, 2, 3)]
+
+    def loss(p, memory, batch, t):
+        x = tiles_of(p, batch)
+        rows = jnp.concatenate([jnp.concatenate([x[a], x[b]], axis=1) for a, b, _ in table])
+        label = jnp.repeat(jnp.array([k for *_, k in table]), B)
+        return o.cross_entropy(o.mlp(p['head'], rows, 2), label), None
+
+    rate = o.for_all(o.rates(0.1, WARM))
+    run = o.ours(o.preset('relative_patch', 'imagenet'), {'hidden': 12}, views=1, cut=quarters)
+    o.check(Oracle(loss, o.sgd(rate, 1e-4, o.matrices)), run)
+
+
+def test_jigsaw():
+    """VISSL's head: Linear, BatchNorm and ReLU on each tile, a linear layer on all of them.
+
+    Which permutation is drawn is the method's; that tile j is then tile permutation[j] is not.
+    """
+    table = jigsaw.far_apart(4, 24)
+    keys = [
+        jax.random.split(jax.random.split(jax.random.fold_in(jax.random.key(3), t))[1])[0]
+        for t in range(o.STEPS)
+    ]
+    drawn = [np.asarray(jax.random.randint(key, (B, 1), 0, 24))[:, 0] for key in keys]
+
+    def loss(p, memory, batch, t):
+        each = p['tile']
+        x = jnp.stack(tiles_of(p, batch), axis=1)
+        x = o.batch_norm(each['norm'], o.dense(each['linear'], x.reshape(4 * B, -1)))
+        x = jax.nn.relu(x).reshape(B, 4, -1)
+        shuffled = [[x[b, table[k][j]] for j in range(4)] for b, k in enumerate(drawn[t])]
+        rows = jnp.stack([jnp.concatenate(row) for row in shuffled])
+        return o.cross_entropy(o.dense(p['head']['linear1'], rows), jnp.asarray(drawn[t])), None
+
+    rate = o.for_all(o.rates(0.1, WARM, first=0.025, drops=[(DROP, 0.01)]))
+    options = {'permutations': 24, 'tiles': 4, 'width': 5}
+    run = o.ours(o.preset('jigsaw', 'imagenet'), options, views=1, cut=quarters)
+    o.check(Oracle(loss, o.sgd(rate, 1e-4, o.matrices)), run)
 
 
 # Distillation.

@@ -58,8 +58,19 @@ def make(name, model='vit', **options):
 
 def batch_of(name, seed=0):
     """With as many views as the method's config says."""
-    found = batch(seed)
-    return {**found, 'views': found['views'][:, : small(name).inputs.views]}
+    found, inputs = batch(seed), small(name).inputs
+    if 'grid' in inputs:
+        return {**found, 'views': tiles(found['label'], inputs.grid**2, seed)}
+    return {**found, 'views': found['views'][:, : inputs.views]}
+
+
+def tiles(label, count, seed):
+    """As many tiles, which differ in a pattern of their place and one of the class."""
+    rng = np.random.default_rng(seed)
+    places = np.random.default_rng(8).normal(size=(1, count, SIDE, SIDE, 3))
+    patterns = np.random.default_rng(7).normal(size=(4, 1, SIDE, SIDE, 3))
+    noise = rng.normal(size=(B, count, SIDE, SIDE, 3))
+    return (places + 0.3 * patterns[label] + 0.5 * noise).astype(np.float32)
 
 
 def batch(seed=0):
@@ -202,8 +213,13 @@ class TestContract:
 
         def answered(s):
             """Share of right answers."""
-            images = {'image': batch(1000)['views'][:, 0]}
-            found = jax.jit(method.task.score)(s.params, s.extra, images, jax.random.key(0))
+            test = batch_of(name, 1000)
+            asked = (
+                {'views': test['views']}
+                if 'grid' in small(name).inputs
+                else {'image': test['views'][:, 0]}
+            )
+            found = jax.jit(method.task.score)(s.params, s.extra, asked, jax.random.key(0))
             assert set(found) == set(method.task.units)
             return found['accuracy'].mean()
 

@@ -54,7 +54,7 @@ def make(split: str = 'test') -> Evaluate:
             # Beside the results 1, which `through` makes 0 of a record that does not count.
             return jnp.stack([*columns, jnp.ones_like(columns[0])], axis=1)
 
-        x_NK, _ = subject.through(subject.splits[split], joined)
+        x_NK, _ = subject.through(subject.splits[split], joined, subject.inputs.task)
         means_K = x_NK.sum(0, np.float64) / max(x_NK[:, -1].sum(), 1)
         called = 'pretext' if split == 'test' else f'pretext, {split} split'
         for mean, (name, unit) in zip(means_K, units.items(), strict=False):

@@ -55,7 +55,7 @@ class Asked(NamedTuple):
 
     Attributes:
         score: jitted `(batch) -> {name: [B] float}`, sharded on B, of a batch as
-            `inputs.eval.device` takes it.
+            `inputs.task.device`, or else `inputs.eval.device` takes it.
         units: of the results by their names.
     """
 

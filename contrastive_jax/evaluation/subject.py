@@ -6,7 +6,7 @@ N: rows of a split (with padding), D: features, B: batch rows, n: rows of a subs
 import fnmatch
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from contrastive_jax import config, data, models, parallel
 from contrastive_jax.data import Source
 from contrastive_jax.data.bad_records import BadRecords
 from contrastive_jax.evaluation import Asked, pooled, spread
-from contrastive_jax.inputs import Batch, Inputs, pipeline
+from contrastive_jax.inputs import Batch, Inputs, Transform, pipeline
 
 Rows = Sequence[int] | np.ndarray  # of records
 RECORDS = 64  # that `Subject.of` encodes at a time, about
@@ -138,13 +138,17 @@ class Subject:
         return data.Subset(data.Joined(splits), numbers)
 
     def through(
-        self, source: Source, encode: Callable[[Batch], jax.Array]
+        self,
+        source: Source,
+        encode: Callable[[Batch], jax.Array],
+        transform: Transform | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Encodes every record of a source; gives the results and the labels on the host.
 
         Args:
             source: its records, in order.
             encode: jitted, as this class takes it, but for one output.
+            transform: makes the rows; None: `inputs.eval`.
 
         Returns:
             [N, ...] float32 and each label [N] int32, with padding; bad records are zeros, and
@@ -152,13 +156,13 @@ class Subject:
         """
         batches = pipeline.eval_batches(
             source,
-            self.inputs.eval,
+            transform or self.inputs.eval,
             batch_size=self._batch_size,
             bad=self.bad,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        return self._rows(batches, encode)
+        return self._rows(batches, encode, (transform or self.inputs.eval).shapes)
 
     def forget(self, name: str) -> None:
         """Frees an output's memory on the devices; the next call computes it again."""
@@ -319,6 +323,7 @@ class Subject:
         self,
         batches: Iterator[dict[str, np.ndarray]],
         encode: Callable[[Batch], jax.Array],
+        shapes: Collection[str] = (),
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """An output of all batches and their labels, on the host."""
 
@@ -329,7 +334,8 @@ class Subject:
                 count = len(numpy_batch['mask'])
                 place = np.arange(count, dtype=np.int32) + jax.process_index() * count
                 batch = parallel.shard_batch(self.mesh, {**numpy_batch, 'place': place})
-                given = {k: v for k, v in batch.items() if k in (*self.inputs.eval.shapes, 'text')}
+                keys = *(shapes or self.inputs.eval.shapes), 'text'
+                given = {k: v for k, v in batch.items() if k in keys}
                 rest = {k: v for k, v in batch.items() if k not in given}
                 yield {'x': encode(given), **rest}
 

@@ -60,6 +60,8 @@ class Inputs(NamedTuple):
         prepare: `(source, folders) -> Inputs` completed by what is learned from the training split,
             or was kept in one of the folders: a vocabulary. `source` is None where nothing may be
             learned. None: there is nothing to prepare.
+        task: for what a method asks of held-out records, where it does not see them as evaluators
+            do; ignores rng and key as `eval` does. None: as `eval`.
     """
 
     train: Transform
@@ -71,6 +73,7 @@ class Inputs(NamedTuple):
     show: Callable[[Batch], bytes] | None = None
     tokenizer: Tokenizer | None = None
     prepare: 'Callable[[Source | None, Sequence[str]], Inputs] | None' = None
+    task: Transform | None = None
 
 
 def batch_shapes(

@@ -73,6 +73,29 @@ class MLP(nn.Module):
         return x
 
 
+class Hidden(nn.Module):
+    """Linear, BatchNorm and ReLU: a hidden layer of `MLP` by itself.
+
+    Attributes:
+        out: width E of the output.
+    """
+
+    out: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, D] -> [B, E], float32, not negative."""
+        x = nn.Dense(self.out, use_bias=False, name='linear')(x.astype(jnp.float32))
+        norm = nn.BatchNorm(
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            use_fast_variance=False,  # E[x²] − E[x]² cancels
+            name='norm',
+        )
+        return nn.relu(norm(x))
+
+
 class Classifier(nn.Module):
     """A linear classifier that starts at 0: at first every class is as likely as the others.
 
