@@ -2,8 +2,7 @@
 
     python -m contrastive_jax.main --config=configs/relative_patch.py --workdir=runs/patch
 
-Presets: the usual ones (docs/presets.md). It suits images of things with parts; tiles of digits
-that hold no ink tell nothing.
+Presets: the usual ones (docs/presets.md). Tiles of digits that hold no ink tell nothing.
 """
 
 from contrastive_jax import config as config_lib
@@ -12,7 +11,7 @@ from contrastive_jax.config import Config
 
 
 def digits(c: Config) -> None:
-    recipes.digits(c, steps=400)
+    recipes.digits(c, steps=250)
     c.inputs.crop.scale = (0.8, 1.0)
     # The 8 × 8 scans three times enlarged: tiles of 6 × 6 with a gap of 2.
     relative_patch(c, region=24, tile=6, jitter=1, hidden=256)
@@ -54,7 +53,9 @@ def relative_patch(c: Config, region: int, tile: int, jitter: int, hidden: int) 
     defences = {'colour': 'drop', 'standardise': True, 'augment': {}}
     c.inputs = {'name': 'patches', **kept, **cut, **defences}
     c.method = {'name': 'relative_patch', 'hidden': hidden}
-    c.evals.update({'linear': {'outputs': ('features', 'stage*')}, 'pretext': {}})
+    c.evals.pretext = {}
+    if c.data.source == 'digits':
+        c.evals.linear.outputs = ('features', 'stage*')
 
 
 def folder(c: Config) -> None:

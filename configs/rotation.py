@@ -52,10 +52,11 @@ def imagenet(c: Config) -> None:
 
 
 def rotation(c: Config) -> None:
-    """One view an image; evaluators probe every depth and the task itself."""
+    """One view an image; evaluators look at the task itself, and of small images at every depth."""
     c.inputs.views, c.inputs.augment, c.method = 1, {}, {'name': 'rotation'}
-    outputs = ('features', 'block*' if c.model.name == 'nin' else 'stage*')
-    c.evals.update({'linear': {'outputs': outputs}, 'pretext': {}})
+    c.evals.pretext = {}
+    if c.data.source == 'digits' or c.model.name == 'nin':
+        c.evals.linear.outputs = ('features', 'stage*', 'block*')
 
 
 def folder(c: Config) -> None:
