@@ -29,7 +29,7 @@ def cifar10(c: Config) -> None:
     begins as torch's Linear; here: from 0.
     """
     recipes.cifar10(c, epochs=200.0, batch=128)
-    c.inputs.crop = {'pad': 4, 'flip': 0.5}
+    c.inputs.crop = {'pad': 4, 'flip': 0.5, 'interpolation': 'bicubic'}
     c.inputs.mean = tuple(x / 255 for x in (125.3, 123.0, 113.9))
     c.inputs.std = tuple(x / 255 for x in (63.0, 62.1, 66.7))
     c.model = {'name': 'nin'}

@@ -214,7 +214,8 @@ def weights_of(path: str | os.PathLike) -> weights.Weights:
     """The encoder of a run's newest checkpoint, or of a file, by itself.
 
     Raises:
-        UserError: see `load`; a run on other data than images.
+        UserError: see `load`; a run on other data than images, or that sees them in a way which a
+            file of weights does not say.
     """
     if weights.is_file(path):
         return weights.read(path)
@@ -225,6 +226,12 @@ def weights_of(path: str | os.PathLike) -> weights.Weights:
             f'{os.fspath(path)}: an encoder of {", ".join(shapes)}; only those of images have a '
             'file of weights by itself.'
         )
+    for key, cannot in (('standardise', True), ('colour', 'project')):
+        if config.inputs.get(key) == cannot:
+            raise UserError(
+                f'{os.fspath(path)}: was trained with config.inputs.{key}={cannot!r}, which no '
+                'file of weights says; `contrastive_jax.load` and `embed` do it.'
+            )
     state = checkpoint.weights(path, checkpoint.newest(path))
     plain = _plain(config)
     found = experiments.build_method(plain, {}).encoders(*state)

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from contrastive_jax import optim, state
+from contrastive_jax import inference, optim, state
 from contrastive_jax.config import UserError, build
 from contrastive_jax.inputs import patches
 from contrastive_jax.methods import jigsaw, relative_patch
@@ -173,6 +174,14 @@ def test_displaced_colours_are_hidden():
     assert abs(mean - 1 / 8) < 3 * error
     mean, error = accuracy(colours_that_drift, colour='keep')
     assert mean > 1 / 8 + 10 * error
+
+
+@pytest.mark.parametrize(('key', 'value'), [('standardise', True), ('colour', 'project')])
+def test_files_of_weights_that_cannot_say_it_are_refused(key, value, monkeypatch):
+    inputs = {'name': 'patches', **PLAIN, **CUT, 'standardise': False, 'colour': 'keep', key: value}
+    monkeypatch.setattr(inference.runs, 'config_of', lambda path: ConfigDict({'inputs': inputs}))
+    with pytest.raises(UserError, match=rf'a_run: was trained with config\.inputs\.{key}='):
+        inference.weights_of('a_run')
 
 
 @pytest.mark.parametrize(

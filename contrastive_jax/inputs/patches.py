@@ -45,8 +45,7 @@ def make(
 
     A training batch has 'views' [B, N, t, t, 3], N = grid², row by row; so has one for a method's
     task on held-out records, there from the centre of the image and without jitter. An evaluation
-    batch has 'image' [B, S, S, 3], standardised as a whole where tiles are one by one: so have
-    programs to do that use exported weights, because no other library's format says it.
+    batch has 'image' [B, S, S, 3], standardised as a whole where tiles are one by one.
 
     Args:
         size: S of the images that evaluators and users give to the encoder, pixels.
