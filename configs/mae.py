@@ -21,18 +21,19 @@ def views(c: Config, least: float) -> None:
 
 def digits(c: Config) -> None:
     recipes.digits_vit(c, steps=1000)
-    c.model.update({'cls_token': True, 'start': 'mae'})
+    c.model.update({'patch': 2, 'cls_token': True, 'start': 'mae'})
     c.inputs.views, c.inputs.augment = 1, {}
     c.method = SMALL
-    c.optim.update({'learning_rate': 4e-3, 'b2': 0.95})
+    c.optim.update({'learning_rate': 8e-3, 'b2': 0.95})
     c.evals.reconstruction = {}
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small_vit(c, steps=1500)
+    recipes.cifar10_small_vit(c, steps=1900)
     c.model.update({'patch': 4, 'cls_token': True, 'start': 'mae'})
     c.inputs.views, c.inputs.augment = 1, {}
     c.method = {**SMALL, 'width': 96, 'heads': 3}
+    c.optim.learning_rate = 6e-3
     c.evals.reconstruction = {}
 
 
