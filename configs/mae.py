@@ -44,7 +44,7 @@ def cifar10(c: Config) -> None:
     c.model = {'name': 'vit', 'size': 'S', 'heads': 12, 'patch': 4, 'dtype': 'bfloat16', **EXACT}
     c.method = {'name': 'mae', 'activation': 'gelu', 'dtype': 'bfloat16'}
     c.optim = {**OPTIM, 'learning_rate': 2e-4, 'warmup': 10 / 1000, 'initial_fraction': 0.15}
-    c.optim.decayed = recipes.EVERYTHING
+    c.optim.update({'decayed': recipes.EVERYTHING})
     c.evals.reconstruction = {}
 
 
@@ -55,7 +55,7 @@ def imagenet(c: Config) -> None:
     c.model.update(EXACT)
     c.method = {'name': 'mae', 'activation': 'gelu', 'dtype': 'bfloat16'}
     c.optim = {**OPTIM, 'learning_rate': 1.5e-4, 'warmup': 40 / 800}
-    c.optim.decayed = ('kernels', 'tokens')  # what has more than one dimension
+    c.optim.update({'decayed': ('kernels', 'tokens')})  # what has more than one dimension
     c.evals.reconstruction = {}
 
 

@@ -24,7 +24,7 @@ class Decoder(nn.Module):
         depth: blocks.
         heads: of their attention.
         activation: of their MLPs, which are four times as wide.
-        dtype: of the computation; norms' statistics and the output are float32.
+        dtype: of the blocks' computation; the last norm and the last layer are float32.
     """
 
     rows: int
@@ -67,6 +67,6 @@ class Decoder(nn.Module):
                 qkv_init=xavier,
                 name=f'block{i}',
             )(x, B, train)
-        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm')(x)
-        x = nn.Dense(self.out, dtype=self.dtype, kernel_init=xavier, name='out')(x)
-        return x.reshape(B, F + self.rows * self.columns, self.out)[:, F:].astype(jnp.float32)
+        x = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name='norm')(x)
+        x = nn.Dense(self.out, dtype=jnp.float32, kernel_init=xavier, name='out')(x)
+        return x.reshape(B, F + self.rows * self.columns, self.out)[:, F:]
