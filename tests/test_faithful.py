@@ -5,6 +5,7 @@ layer, without BatchNorm) and the lengths of warm-up and freezing are small here
 the authors' constants as numbers.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -285,3 +286,45 @@ def test_supervised(arg):
         rate = o.for_all(o.rates(3.2, WARM, first=0.1, drops=[(DROP, 0.32)]))
         update = o.sgd(rate, 1e-4, o.matrices, nesterov=True)
     o.check(Oracle(loss, update), o.ours(o.preset('supervised', arg), {'classes': 4}, views=1))
+
+
+# Reconstruction.
+
+
+class Pixels(nn.Module):
+    """tanh(x W + b) of each pixel that is kept, at its place, and of their mean."""
+
+    @nn.compact
+    def __call__(self, x, train=False, keep=None):
+        x = x.reshape(len(x), 8, 3) + jnp.arange(8.0)[None, :, None] / 8
+        x = x if keep is None else jnp.take_along_axis(x, keep[:, :, None], 1)
+        patches = jnp.tanh(nn.Dense(6, name='linear')(x))
+        cls = patches.mean(1)
+        return cls, {'cls': cls, 'patches': patches}
+
+
+def test_mae():
+    """facebookresearch/mae, models_mae.py, main_pretrain.py: what has two dimensions decays."""
+
+    def loss(p, memory, batch, t):
+        key = jax.random.split(jax.random.fold_in(jax.random.key(3), t))[1]
+        noise = jax.random.uniform(jax.random.split(key)[0], (B, 8), jnp.float32)
+        values = []
+        for image, order in zip(batch['views'][:, 0], np.argsort(noise, axis=1), strict=True):
+            pixels = image.reshape(8, 3)
+            x = (pixels + np.arange(8)[:, None] / 8)[order[:2]]
+            seen = jnp.tanh(o.dense(p['encoder']['linear'], x))
+            drawn = o.mae_decoder(p['decoder'], seen.mean(0), seen, order, 2, 4, 2)
+            values.append(o.mae_loss(drawn, pixels, order, 2))
+        return jnp.stack(values).mean(), None
+
+    rate = o.for_all(o.rates(2.4e-3, WARM))
+    oracle = Oracle(loss, o.adamw(rate, lambda t: 0.05, o.matrices, b2=0.95))
+    small = {'width': 8, 'depth': 2, 'heads': 2, 'dtype': 'float32'}
+    run = o.ours(o.preset('mae', 'imagenet'), small, views=1, model=Pixels())
+
+    def part(name, x):
+        # A bias of the keys shifts all scores of a query alike, which softmax takes away.
+        return np.delete(x, np.s_[8:16]) if name.endswith('qkv/bias') else x
+
+    o.check(oracle, run, part=part)

@@ -32,7 +32,10 @@ MODELS = {
         'zero_init_last': False,  # so that no gradient is zero in the first step
     },
 }
-NEEDS_TOKENS = {'dinov2'}
+NEEDS_TOKENS = {'dinov2', 'mae'}
+# Of the four patches two are hidden, and the decoder leaves most of the work to the encoder.
+SMALLER = {'mae': {'width': 16, 'depth': 1, 'mask_ratio': 0.5}}
+LEARNS_AT = {'mae': 1.0}  # the rate of SGD, but 0.1
 # Heads have BatchNorm in every case; the encoder too where a target's or a query's statistics are
 # kept in different ways.
 CASES = [(n, 'vit') for n in NAMES] + [(n, 'resnet') for n in ('simclr', 'moco', 'byol')]
@@ -53,7 +56,8 @@ def make(name, model='vit', **options):
     if config.text:
         spec = {'name': 'transformer', 'width': 16, 'depth': 1, 'heads': 2}
         options['text'] = build('models', spec, 'test', vocabulary=9, length=6)
-    return build('methods', {**config.method.to_dict(), **options}, 'test', model)
+    options = {**config.method.to_dict(), **SMALLER.get(name, {}), **options}
+    return build('methods', options, 'test', model)
 
 
 def batch_of(name, seed=0):
@@ -200,7 +204,7 @@ class TestContract:
         Not the loss: a target that moves and a queue that fills may let it rise. Of a method that
         asks something of single records, held-out ones answer it more often than at first.
         """
-        mesh, init, step = trainer(name, model, 1)
+        mesh, init, step = trainer(name, model, 1, rate=LEARNS_AT.get(name, 0.1))
         method = make(name, model)
         encode = jax.jit(method.encode)
 

@@ -19,6 +19,7 @@ ACTIVATIONS = {
 
 # Initialisation as MoCo v3 (Chen et al. 2021): Xavier-uniform kernels, zero biases, and each of
 # q, k, v as a matrix of its own: sqrt(6 / (D + D)) = sqrt(3 / D), the bound of LeCun-uniform.
+Initializer = nn.initializers.Initializer
 xavier = nn.initializers.xavier_uniform()
 xavier_qkv = nn.initializers.lecun_uniform()
 
@@ -52,13 +53,14 @@ class Attention(nn.Module):
 
     heads: int
     dtype: jnp.dtype
+    qkv_init: Initializer = xavier_qkv
 
     @nn.compact
     def __call__(
         self, x: jax.Array, batch: int, seen: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         width = x.shape[-1]
-        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=xavier_qkv, name='qkv')(x)
+        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=self.qkv_init, name='qkv')(x)
         q, k, v = rearrange(
             qkv, '(B T) (three K F) -> three B K T F', B=batch, three=3, K=self.heads
         )
@@ -87,6 +89,7 @@ class Block(nn.Module):
     layer_scale: float | None = None
     activation: str = 'gelu_tanh'
     epsilon: float = 1e-6
+    qkv_init: Initializer = xavier_qkv
 
     @nn.compact
     def __call__(
@@ -94,7 +97,8 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
         y = norm(name='norm1')(x)
-        y, weights = Attention(self.heads, self.dtype, name='attention')(y, batch, seen)
+        attention = Attention(self.heads, self.dtype, self.qkv_init, name='attention')
+        y, weights = attention(y, batch, seen)
         x = x + self._branch('layer_scale1', y, batch, train)
         y = norm(name='norm2')(x)
         y = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, name='mlp1')(y)

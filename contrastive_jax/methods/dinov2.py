@@ -18,7 +18,7 @@ from contrastive_jax.augment.masking import block_mask
 from contrastive_jax.config import UserError, check_range, choose
 from contrastive_jax.layers.heads import DINOHead
 from contrastive_jax.method import Aux, Batch, Method, Tree
-from contrastive_jax.networks.chain import Chain, join_crops
+from contrastive_jax.networks.chain import Chain, count_patches, join_crops
 from contrastive_jax.networks.target import Target, momentum_to_one, ramp
 
 
@@ -95,7 +95,7 @@ def make(
         key, head_key = jax.random.split(key)
         images = batch['views'][:, 0].astype(jnp.float32)
         # A mask at the start makes the encoder's mask token.
-        mask = jnp.zeros((len(images), _patches(images)), bool)
+        mask = jnp.zeros((len(images), patches_of(images)), bool)
         params, stats = network.init(key, images, mask=mask)
         if not shared_head:
             named = network.features(params, stats, images)
@@ -107,18 +107,8 @@ def make(
             extra |= {'centre': jnp.zeros(prototypes), 'patch_centre': jnp.zeros(prototypes)}
         return params, extra
 
-    def _patches(images: jax.Array) -> int:
-        def run(images: jax.Array) -> dict[str, jax.Array]:
-            params, stats = models.init(model, jax.random.key(0), images)
-            return network.features({'encoder': params}, {'encoder': stats}, images)
-
-        named = jax.eval_shape(run, images)
-        if 'cls' not in named or 'patches' not in named:
-            raise UserError(
-                "config.model: dinov2 needs a ViT with pool='cls'; this one's outputs are "
-                f'{tuple(named)}.'
-            )
-        return named['patches'].shape[1]
+    def patches_of(images: jax.Array) -> int:
+        return count_patches('dinov2', model, images, ('cls', 'patches'))
 
     def targets(scores: jax.Array, centre_K: Tree, tau: jax.Array, weights_R: Tree = None):
         if centre_K is not None:
@@ -133,7 +123,7 @@ def make(
         mask_key, key = jax.random.split(key)
         views = batch['views']
         B, V = views.shape[:2]
-        N = _patches(views[:1, 0])
+        N = patches_of(views[:1, 0])
         side = math.isqrt(N)
         mask_RN = block_mask(mask_key, B * V, side, N // side, ratio=mask_ratio, prob=mask_prob)
 

@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 
 from contrastive_jax.config import UserError, check_range, choose
-from contrastive_jax.layers.blocks import ACTIVATIONS, MAP, Block, sincos2d, xavier
+from contrastive_jax.layers.blocks import ACTIVATIONS, MAP, Block, sincos2d, xavier, xavier_qkv
 
 SIZES = {  # Touvron et al. 2021 (Ti, S), Dosovitskiy et al. 2021 table 1 (B, L)
     'Ti': {'width': 192, 'depth': 12, 'heads': 3},
@@ -27,6 +27,10 @@ SIZES = {  # Touvron et al. 2021 (Ti, S), Dosovitskiy et al. 2021 table 1 (B, L)
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 POOLS = {'cls': True, 'mean': False, 'cls_mean': True, 'map': False}  # needs a CLS token?
 POSITIONS = ('sincos2d', 'learned')
+STARTS = {  # of q, k and v, and the standard deviation of CLS (MoCo v3: from timm)
+    'moco_v3': (xavier_qkv, 1e-6),
+    'mae': (xavier, 0.02),
+}
 
 
 class ViT(nn.Module):
@@ -51,10 +55,15 @@ class ViT(nn.Module):
     patch_bias: bool = True
     registers: int = 0
     cls_token: bool = True
+    start: str = 'moco_v3'
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, train: bool, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        train: bool,
+        mask: jax.Array | None = None,
+        keep: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         batch, height, wide = x.shape[:3]
         if height % self.patch or wide % self.patch or min(height, wide) < 1:
@@ -76,11 +85,20 @@ class ViT(nn.Module):
             x = jnp.where(mask[:, :, None], token.astype(x.dtype), x)
 
         has_cls = self.cls_token
-        if has_cls:  # std 1e-6: MoCo v3, from timm
-            cls = self.param('cls_token', nn.initializers.normal(1e-6), (1, 1, self.width))
+        qkv_init, std = STARTS[self.start]
+        if has_cls:
+            cls = self.param('cls_token', nn.initializers.normal(std), (1, 1, self.width))
             cls = jnp.broadcast_to(cls.astype(x.dtype), (batch, 1, self.width))
             x = jnp.concatenate([cls, x], axis=1)
         x = x + self._positions(rows, columns, has_cls).astype(x.dtype)
+        if keep is not None:
+            if len(keep) != batch or keep.ndim != 2 or keep.dtype != jnp.int32:
+                raise ValueError(
+                    f'vit: expected patches to keep, int32[{batch}, n]; '
+                    f'got {keep.dtype}{list(keep.shape)}'
+                )
+            kept = jnp.take_along_axis(x[:, int(has_cls) :], keep[:, :, None], axis=1)
+            x = jnp.concatenate([x[:, : int(has_cls)], kept], axis=1)
         first = has_cls + self.registers  # of the patches
         if self.registers:
             start = nn.initializers.normal(1e-6)
@@ -106,6 +124,7 @@ class ViT(nn.Module):
                 self.layer_scale,
                 self.activation,
                 self.epsilon,
+                qkv_init,
                 name=f'block{i}',
             )(x, batch, train)
             blocks.append(x)
@@ -216,13 +235,15 @@ def make(
     patch_bias: bool = True,
     registers: int = 0,
     cls_token: bool | None = None,
+    start: str = 'moco_v3',
     remat: bool = False,
     dtype: str = 'float32',
 ) -> ViT:
     """A ViT for images whose height and width are multiples of `patch`, square or not.
 
-    Called as `module(x_BHWC, train, mask)`, it returns features [B, D] after the final LayerNorm
-    and `{'patches': [B, N, D]}`, with `'cls': [B, D]` too where there is a CLS token; all float32.
+    Called as `module(x_BHWC, train, mask, keep)`, it returns features [B, D] after the final
+    LayerNorm and `{'patches': [B, N, D]}`, with `'cls': [B, D]` too where there is a CLS token; all
+    float32.
     With train=False there are also 'block0', 'block1', ... [B, D], what is pooled after each block
     and the final LayerNorm (with 'map' the patches' mean, but for the last); 'last4' [B, 4 D],
     those of the last four blocks (DINO's linear probe); and 'attention' [B, K, N], the weights that
@@ -233,6 +254,10 @@ def make(
     the place of the patch, before positions are added (BEiT, Bao et al. 2022, arXiv:2106.08254;
     DINOv2, Oquab et al. 2024, arXiv:2304.07193). Only a module that is given one at
     initialisation has the token.
+
+    Patches to keep, int32 [B, n], are optional, too: the others are left out once positions are
+    added, and cost nothing (MAE, He et al. 2022, arXiv:2111.06377). Outputs are then of those that
+    are kept, N = n, in their order there.
 
     Args:
         size: 'Ti', 'S', 'B', 'L', or 'custom', which needs width, depth and heads.
@@ -266,6 +291,9 @@ def make(
         registers: learned tokens [R, D] between CLS and patches, without a position, which no
             output has (Darcet et al. 2024, arXiv:2309.16588).
         cls_token: whether there is a CLS token; None: where `pool` needs one.
+        start: initial values of q, k, v and CLS: those of 'moco_v3', where each of the three is a
+            matrix of its own and CLS is near 0; or of 'mae', where they are one matrix and CLS has
+            a standard deviation of 0.02.
         remat: keep no activations within a block but compute them again for the gradient: less
             memory, a third more time.
         dtype: of the computation, 'float32' or 'bfloat16'. Parameters, softmax, the statistics of
@@ -274,10 +302,10 @@ def make(
     Raises:
         UserError: a value outside those, or (when called) images that do not divide into patches
             or whose learned positions cannot be resampled.
-        ValueError: (when called) a mask that is not bool [B, N].
+        ValueError: (when called) a mask that is not bool [B, N]; a keep that is not int32 [B, n].
 
-    Source: Dosovitskiy et al. 2021, arXiv:2010.11929; initialisation of MoCo v3 (Chen et al. 2021,
-    arXiv:2104.02057).
+    Source: Dosovitskiy et al. 2021, arXiv:2010.11929; initialisation, but for `start`, of MoCo v3
+    (Chen et al. 2021, arXiv:2104.02057).
     """
     where = 'config.model'
     given = {'width': width, 'depth': depth, 'heads': heads}
@@ -296,6 +324,7 @@ def make(
     choose('position', position, dict.fromkeys(POSITIONS), where)
     needs_cls = choose('pool', pool, POOLS, where)
     choose('activation', activation, ACTIVATIONS, where)
+    choose('start', start, STARTS, where)
     if cls_token is False and needs_cls:
         raise UserError(f'{where}.cls_token: got False; pool={pool!r} needs the token.')
     if width % heads:
@@ -322,4 +351,5 @@ def make(
         patch_bias=patch_bias,
         registers=registers,
         cls_token=needs_cls if cls_token is None else cls_token,
+        start=start,
     )

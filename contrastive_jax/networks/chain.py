@@ -3,6 +3,7 @@
 Dimension key: B batch, V views, H W image, D outputs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -158,6 +159,34 @@ def check_views(method: str, views_BVHWC: jax.Array, count: int) -> None:
         raise UserError(
             f'config.inputs.views: got {views_BVHWC.shape[1]}; {method} needs {count} an image.'
         )
+
+
+def count_patches(
+    method: str, encoder: models.Encoder, images_BHWC: jax.Array, needs: Sequence[str]
+) -> int:
+    """N, the patches that an encoder gives of an image.
+
+    Args:
+        method: the name for errors.
+        encoder: a ViT.
+        images_BHWC: what it will see.
+        needs: outputs that it must have, 'patches' among them.
+
+    Raises:
+        UserError: it lacks one of them.
+    """
+
+    def run(images: jax.Array) -> dict[str, jax.Array]:
+        params, stats = models.init(encoder, jax.random.key(0), images)
+        return models.apply(encoder, params, stats, images, train=False)[0][1]
+
+    named = jax.eval_shape(run, images_BHWC)
+    if not set(needs) <= set(named):
+        raise UserError(
+            f'config.model: {method} needs a ViT that gives {" and ".join(map(repr, needs))} '
+            f"(pool='cls', or cls_token=True); this one's outputs are {tuple(named)}."
+        )
+    return named['patches'].shape[1]
 
 
 def join_crops(
