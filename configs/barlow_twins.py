@@ -32,15 +32,8 @@ def imagenet(c: Config) -> None:
     recipes.imagenet(c, epochs=1000.0, batch=2048)
     recipes.asymmetric(c)
     c.method = {'name': 'barlow_twins'}
-    c.optim = {
-        'name': 'lars',
-        'learning_rate': 0.2,
-        'bias_rate': 0.0048 / 0.2,
-        'weight_decay': 1e-6,
-        'warmup': 0.01,
-        'final_fraction': 0.001,
-        'classic_momentum': False,
-    }
+    recipes.torch_lars(c, 0.2, 1e-6, warmup=0.01)
+    c.optim.update({'bias_rate': 0.0048 / 0.2, 'final_fraction': 0.001})
 
 
 def folder(c: Config) -> None:

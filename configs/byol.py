@@ -37,13 +37,7 @@ def imagenet(c: Config) -> None:
     recipes.asymmetric(c)
     c.inputs.augment.jitter.brightness_rule = 'additive'
     c.method = {'name': 'byol', 'momentum': 0.99}
-    c.optim = {
-        'name': 'lars',
-        'learning_rate': 0.3,
-        'weight_decay': 1e-6,
-        'warmup': 10 / 300,
-        'classic_momentum': False,
-    }
+    recipes.torch_lars(c, 0.3, 1e-6, warmup=10 / 300)
 
 
 def folder(c: Config) -> None:

@@ -50,13 +50,7 @@ def imagenet_resnet(c: Config) -> None:
     recipes.asymmetric(c)
     c.inputs.crop.update({'scale': (0.2, 1.0), 'interpolation': 'bilinear'})
     c.method = {**RESNET, 'temperature': 1.0}
-    c.optim = {
-        'name': 'lars',
-        'learning_rate': 0.3,
-        'weight_decay': 1e-6,
-        'warmup': 10 / 300,
-        'classic_momentum': False,
-    }
+    recipes.torch_lars(c, 0.3, 1e-6, warmup=10 / 300)
 
 
 def folder(c: Config) -> None:

@@ -41,8 +41,8 @@ def imagenet(c: Config) -> None:
     c.model.zero_init_last = False
     c.method = {'name': 'swav'}
     # From 0.3 to 4.8 for a batch of 4096, and a thousandth of it at the end. LARC: every parameter.
-    c.optim = {'name': 'lars', 'learning_rate': 0.3, 'weight_decay': 1e-6, 'warmup': 10 / 800}
-    c.optim.update(initial_fraction=0.3 / 4.8, final_fraction=0.001, classic_momentum=False)
+    recipes.torch_lars(c, 0.3, 1e-6, warmup=10 / 800)
+    c.optim.update(initial_fraction=0.3 / 4.8, final_fraction=0.001)
     c.optim.update(decayed=('kernels', 'vectors'))
     recipes.freeze(c, 1 / 800, 'prototypes')
 

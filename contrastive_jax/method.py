@@ -63,7 +63,7 @@ class Refresh(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a method is asked, such as which turn an image was given, posed on held-out records.
+    """A method's own question about a held-out record, such as which turn its image was given.
 
     Attributes:
         score: `(params, extra, batch, key) -> {name: [B] float}`: results of each record, of a

@@ -1,4 +1,4 @@
-"""What each parameter is, by its name and shape, and how fast it learns beside the others."""
+"""Kinds of parameters, by name and shape, and their rates of learning beside each other."""
 
 import math
 import re
@@ -61,7 +61,7 @@ def of_kinds(params: Any, chosen: Collection[str]) -> Any:
 def rate_factors(
     params: Any, layer_decay: float = 1.0, patch_embedding: float = 1.0, vectors: float = 1.0
 ) -> Any:
-    """What the learning rate of each parameter is multiplied by.
+    """Factors of the learning rate, one for each parameter.
 
     A module whose parts are named block0, block1, ... (or stage1_block0, ...) has layers: in a
     stack of L blocks the last one has layer_decay, the first one layer_decay^L, and what lies

@@ -150,14 +150,18 @@ def solo_learn(c: Config, learning_rate: float, weight_decay: float) -> None:
     cifar10(c, epochs=1000.0, batch=256)
     asymmetric(c, blur=False)
     c.model.zero_init_last = False
+    torch_lars(c, learning_rate, weight_decay, warmup=0.01)
+    c.optim.update({'initial_fraction': 3e-5 / learning_rate, 'trust_coefficient': 0.02})
+    c.optim.clip_ratio = True
+
+
+def torch_lars(c: Config, learning_rate: float, weight_decay: float, warmup: float) -> None:
+    """LARS whose rate is outside the momentum, as in torch and in BYOL's code."""
     c.optim = {
         'name': 'lars',
         'learning_rate': learning_rate,
         'weight_decay': weight_decay,
-        'warmup': 0.01,
-        'initial_fraction': 3e-5 / learning_rate,
-        'trust_coefficient': 0.02,
-        'clip_ratio': True,
+        'warmup': warmup,
         'classic_momentum': False,
     }
 

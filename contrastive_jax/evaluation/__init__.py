@@ -42,7 +42,7 @@ def percent(value: float, title: str) -> Measure:
 
 
 def titled(evaluator: str, label: str) -> str:
-    """How titles call an evaluator of one of the data's labels: by both, unless it is 'label'.
+    """Title of an evaluator of one of the data's labels: both names, unless it is 'label'.
 
     >>> titled('knn', 'label'), titled('knn', 'speaker')
     ('knn', 'knn, speaker')

@@ -110,7 +110,7 @@ def window(wave: np.ndarray, start: int, length: int) -> np.ndarray:
 
 
 def samples(wave: Any) -> np.ndarray:
-    """What a user gives, as [samples] int16.
+    """A user's recording as [samples] int16.
 
     Raises:
         BadRecord: neither int16 nor floats from -1 to 1, or not of one dimension.
