@@ -39,25 +39,16 @@ def imagenet(c: Config) -> None:
     here: crops of 0.8 of the image and more, two thirds of the tiles grey. VISSL: tiles are not
     normalised; here as in the paper. VISSL: biases decay; here not. Its permutations are others.
     """
-    recipes.imagenet(c, epochs=105.0, batch=256)
-    recipes.torchvision(c)
+    recipes.vissl(c)
     c.inputs.crop.scale = (0.8, 1.0)
     jigsaw(c, region=255, tile=64, jitter=10, permutations=2000, width=1000, layers=1)
     c.inputs.augment = {'grayscale': {'prob': 0.66}}
-    c.optim = {'name': 'sgd', 'learning_rate': 0.1, 'weight_decay': 1e-4}
-    milestones = (30 / 105, 60 / 105, 90 / 105, 100 / 105)
-    c.optim.update({'warmup': 5 / 105, 'initial_fraction': 0.25, 'milestones': milestones})
+    c.optim.update({'warmup': 5 / 105, 'initial_fraction': 0.25})
 
 
 def jigsaw(c: Config, region: int, tile: int, jitter: int, **method: int) -> None:
-    kept = {k: c.inputs[k] for k in ('size', 'mean', 'std', 'crop', 'crop_fraction')}
-    cut = {'grid': 3, 'region': region, 'tile': tile, 'jitter': jitter}
-    defences = {'colour': 'keep', 'standardise': True, 'augment': {'grayscale': {'prob': 0.3}}}
-    c.inputs = {'name': 'patches', **kept, **cut, **defences}
+    recipes.tiles(c, region, tile, jitter, colour='keep', augment={'grayscale': {'prob': 0.3}})
     c.method = {'name': 'jigsaw', **method}
-    c.evals.pretext = {}
-    if c.data.source == 'digits':
-        c.evals.linear.outputs = ('features', 'stage*')
 
 
 def folder(c: Config) -> None:

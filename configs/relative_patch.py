@@ -48,14 +48,8 @@ def imagenet(c: Config) -> None:
 
 
 def relative_patch(c: Config, region: int, tile: int, jitter: int, hidden: int) -> None:
-    kept = {k: c.inputs[k] for k in ('size', 'mean', 'std', 'crop', 'crop_fraction')}
-    cut = {'grid': 3, 'region': region, 'tile': tile, 'jitter': jitter}
-    defences = {'colour': 'drop', 'standardise': True, 'augment': {}}
-    c.inputs = {'name': 'patches', **kept, **cut, **defences}
+    recipes.tiles(c, region, tile, jitter, colour='drop', augment={})
     c.method = {'name': 'relative_patch', 'hidden': hidden}
-    c.evals.pretext = {}
-    if c.data.source == 'digits':
-        c.evals.linear.outputs = ('features', 'stage*')
 
 
 def folder(c: Config) -> None:

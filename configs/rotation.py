@@ -44,11 +44,8 @@ def imagenet(c: Config) -> None:
     VISSL: one turn an image, drawn at random, and the classifier's bias decays; here: all four, as
     in the paper, and it does not.
     """
-    recipes.imagenet(c, epochs=105.0, batch=256)
-    recipes.torchvision(c)
+    recipes.vissl(c)
     rotation(c)
-    c.optim = {'name': 'sgd', 'learning_rate': 0.1, 'weight_decay': 1e-4}
-    c.optim.update({'milestones': (30 / 105, 60 / 105, 90 / 105, 100 / 105)})
 
 
 def rotation(c: Config) -> None:

@@ -202,6 +202,28 @@ def imagenet_vit(c: Config, epochs: float, batch: int, size: str = 'S') -> None:
     c.model = {'name': 'vit', 'size': size, 'patch': 16, 'pool': 'cls', 'dtype': 'bfloat16'}
 
 
+def vissl(c: Config) -> None:
+    """VISSL's pretext tasks with a ResNet-50 on ImageNet: 105 epochs, the rate falls in steps."""
+    imagenet(c, epochs=105.0, batch=256)
+    torchvision(c)
+    milestones = (30 / 105, 60 / 105, 90 / 105, 100 / 105)
+    sgd = {'name': 'sgd', 'learning_rate': 0.1, 'weight_decay': 1e-4}
+    c.optim = {**sgd, 'milestones': milestones}
+
+
+def tiles(
+    c: Config, region: int, tile: int, jitter: int, colour: str, augment: dict[str, Any]
+) -> None:
+    """Nine tiles of each image, each standardised, and how well the task on them is solved."""
+    kept = {k: c.inputs[k] for k in ('size', 'mean', 'std', 'crop', 'crop_fraction')}
+    cut = {'grid': 3, 'region': region, 'tile': tile, 'jitter': jitter}
+    defences = {'colour': colour, 'standardise': True, 'augment': augment}
+    c.inputs = {'name': 'patches', **kept, **cut, **defences}
+    c.evals.pretext = {}
+    if c.data.source == 'digits':
+        c.evals.linear.outputs = ('features', 'stage*')
+
+
 def simclr_views(c: Config) -> None:
     """SimCLR's jitter for ImageNet, greyscale and blur."""
     c.inputs.augment = {
