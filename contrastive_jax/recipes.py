@@ -27,6 +27,8 @@ SMALL_RESNET = {
     'blocks': (1, 1),
     'zero_init_last': False,
 }
+# A finer map in narrower layers takes as long as that one on images of 32 pixels.
+CIFAR_RESNET = {**SMALL_RESNET, 'stem': 'patch4', 'widths': (32, 64, 128), 'blocks': (1, 1, 1)}
 FLICKR8K_RESNET = {**SMALL_RESNET, 'widths': (64, 128, 256), 'blocks': (1, 1, 1)}
 
 
@@ -111,9 +113,12 @@ def cifar10_small(c: Config, steps: int) -> None:
     c.total_steps, c.batch_size = steps, 64
     c.log_every, c.checkpoint_every = 100, 500
     c.inputs.crop.scale = (0.2, 1.0)
+    # In views of 24 pixels things are as large as in whole pictures of 32 (Touvron et al. 2019,
+    # arXiv:1906.06423), and a step takes 0.6 of the time.
+    c.inputs.view_size = 24
     jitter = {**HALF_JITTER, 'saturation': 0.2, 'hue': 0.05}
     c.inputs.augment = {'jitter': jitter, 'grayscale': {'prob': 0.2}}
-    c.model = SMALL_RESNET
+    c.model = CIFAR_RESNET
     # b2: with 0.999 the second moments of so short a run lag behind.
     c.optim = {
         'name': 'adamw',
@@ -128,6 +133,7 @@ def cifar10_small(c: Config, steps: int) -> None:
 def cifar10_small_vit(c: Config, steps: int, pool: str = 'mean') -> None:
     """The same with a small ViT."""
     cifar10_small(c, steps)
+    c.inputs.view_size = 0
     c.model = {'name': 'vit', 'width': 192, 'depth': 4, 'heads': 3, 'patch': 8, 'pool': pool}
     c.optim.learning_rate = 4e-3
 
