@@ -24,7 +24,7 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=1700)
+    recipes.cifar10_small(c, steps=2800)
     c.method = {'name': 'simclr', 'temperature': 0.1, 'hidden': 512, 'projection': 128}
 
 
@@ -32,7 +32,8 @@ def flickr8k(c: Config) -> None:
     """The image encoder that `clip_vit.py:flickr8k` can start from, of the same 6,000 pictures."""
     cifar10_small(c)
     config_lib.dataset(c, 'captions')
-    c.total_steps, c.inputs.size, c.model = 3000, 48, recipes.FLICKR8K_RESNET
+    c.total_steps, c.model = 3000, recipes.FLICKR8K_RESNET
+    c.inputs.update(size=48, view_size=0)
     c.evals, c.best = {'collapse': {}}, 'eval/collapse/rank'  # there are no classes
 
 

@@ -18,7 +18,7 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=2600)
+    recipes.cifar10_small(c, steps=4300)
     c.inputs.views = 1
     c.method = {'name': 'supervised', 'classes': 10}
 
