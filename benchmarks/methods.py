@@ -4,12 +4,15 @@
     python benchmarks/methods.py OUT --preset=cifar10_small --root=ROOT
     python benchmarks/methods.py OUT --only=byol,swav --more='--config.seed=1'
     python benchmarks/methods.py OUT --jobs=2       # two at a time, each on its half of the cores
+    python benchmarks/methods.py OUT --only=mae,rotation --depth    # probes of every layer, too
 
 ROOT holds {train,test}/<class>/*.{jpg,png}. Runs the preset of every config (the ResNet of SimCLR's
 two) into OUT/<config>, going on where an earlier call stopped, and looks at each when it has ended.
-Prints a Markdown table: kNN of the untrained and the trained encoder, the linear probe, images/s,
-minutes of training, and how spread the features are (evals/collapse.py). Raw pixels are the same
-for all, so they are looked at once.
+Prints a Markdown table: kNN of the untrained and the trained encoder, the linear probe, both with
+10 labels a class and 1 % of them, the method's own task, images/s, minutes of training, and how
+spread the features are (evals/collapse.py). Raw pixels are the same for all, so they are looked at
+once. --depth prints a second table, of linear probes of all blocks or stages before and after
+training, and draws OUT/depth_<number of them>.png.
 """
 
 import argparse
@@ -20,17 +23,24 @@ import pathlib
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import jax
 from step_time import load
 
 from contrastive_jax import config as config_lib
-from contrastive_jax import inference
+from contrastive_jax import figures, inference
 from contrastive_jax.workdir import records
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
-LOOKED = 'looked.json'
-PIXELS = ('knn/top1', 'linear/top1')
+LOOKED, LAYERS = 'looked.json', 'layers.json'
+FEW = {'fractions': (0.01,)}
+SPECS = {'knn': FEW, 'linear': FEW, 'collapse': {}, 'pretext': {}}
+OUTPUTS = ('stage*', 'block*', 'features')
+DEPTH = {'linear': {'outputs': OUTPUTS, 'dimensions': 512, 'per_class': ()}}
+NAMES = {'before': 'untrained', 'after': 'trained'}
+HEADS = ('config', 'steps', 'minutes', 'images/s', 'kNN, untrained', 'kNN', 'linear, untrained')
+HEADS += ('linear', '10 a class: kNN', 'linear', '1 %: kNN', 'linear', 'its own task', 'std / rank')
 KNN = {'digits': {'k': 20, 'temperature': 0.07}, 'cifar10_small': {'k': 200, 'temperature': 0.1}}
 
 
@@ -42,11 +52,16 @@ def main() -> None:
     parser.add_argument('--only', default='', help='Configs, separated by commas.')
     parser.add_argument('--more', default='', help='Flags for every run.')
     parser.add_argument('--jobs', type=int, default=1, help='Runs at a time; above 1 on Linux.')
+    parser.add_argument('--depth', action='store_true', help='Probes of every layer, too.')
     parser.add_argument('--look', help=argparse.SUPPRESS)
     parser.add_argument('--pixels', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.look:
-        look(args.out / args.look, KNN[args.preset], pixels=args.pixels)
+        workdir, states = args.out / args.look, ('before', 'after')
+        specs = {**SPECS, 'knn': {**FEW, **KNN[args.preset]}}
+        look(workdir, LOOKED, specs, (*states, 'pixels') if args.pixels else states)
+        if args.depth:
+            look(workdir, LAYERS, DEPTH, states)
         return
     if args.jobs > 1 and args.jobs > (cores := len(os.sched_getaffinity(0))):
         parser.error(f'--jobs: got {args.jobs}; expected at most one a core, of which are {cores}.')
@@ -63,17 +78,20 @@ def main() -> None:
         if args.root:
             train += ['--config.data.source=folder', f'--config.data.root={args.root}']
         after = [sys.executable, __file__, str(args.out), f'--preset={args.preset}', '--look', name]
+        after += ['--depth'] if args.depth else []
         commands.append((train, [*after, '--pixels'] if name == names[0] else after))
     run(commands, args.jobs)
-    print(
-        '\n| config | steps | minutes | images/s | kNN before | kNN | 10 a class: kNN | linear '
-        '| linear | std | rank |'
-    )
-    print('|---|---|---|---|---|---|---|---|---|---|---|')
-    for name in names:
-        print(row(name, args.out / name))
-    pixels = found(args.out / names[0])['pixels']
-    print('\nRaw pixels: ' + ', '.join(f'{k} {100 * pixels[k]:.1f} %' for k in PIXELS))
+    table(HEADS, [row(name, args.out / name) for name in names])
+    pixels = found(args.out / names[0], LOOKED)['pixels']
+    shares = (f'{key} {100 * v:.1f} %' for key, v in pixels.items() if 'top1' in key)
+    print('\nRaw pixels: ' + ', '.join(shares))
+    if args.depth:
+        by_depth({name: found(args.out / name, LAYERS) for name in names}, args.out)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    for cells in (heads, ['---'] * len(heads), *rows):
+        print(f'| {" | ".join(cells)} |')
 
 
 def run(commands: list[tuple[list[str], ...]], jobs: int) -> None:
@@ -102,14 +120,12 @@ def run(commands: list[tuple[list[str], ...]], jobs: int) -> None:
                 raise
 
 
-def look(workdir: pathlib.Path, knn: dict, *, pixels: bool) -> None:
-    """Writes LOOKED into a run that has ended, unless all is there: state -> evaluator -> value."""
-    known = found(workdir)
-    wanted = {'before', 'after', *(['pixels'] if pixels else [])}
-    if wanted <= {*known}:
+def look(workdir: pathlib.Path, name: str, specs: dict, states: Sequence[str]) -> None:
+    """Writes a file into a run that has ended, unless all is there: state -> evaluator -> value."""
+    known = found(workdir, name)
+    if {*states} <= {*known}:
         return
     experiment, trained = inference.open_run(str(workdir))
-    specs = {'knn': knn, 'collapse': {}, 'linear': {}}
     with jax.set_mesh(experiment.mesh):
         encoders = {'after': trained}
         encoders['before'] = inference.subject(experiment, experiment.init())
@@ -120,25 +136,24 @@ def look(workdir: pathlib.Path, knn: dict, *, pixels: bool) -> None:
             experiment.config.batch_size,
             experiment.bad,
         )
-        for state in sorted(wanted - {*known}):
+        for state in states:
             known[state] = {}
-            for name, options in specs.items():
-                if state == 'before' and name != 'knn':
-                    continue
-                evaluate = config_lib.build('evals', {'name': name, **options}, f'evals.{name}')
+            for evaluator, options in specs.items():
+                where = f'config.evals.{evaluator}'
+                evaluate = config_lib.build('evals', {'name': evaluator, **options}, where)
                 for key, value in evaluate(encoders[state]):
                     if not isinstance(value, bytes):
-                        known[state][f'{name}/{key}'] = float(value)
+                        known[state][f'{evaluator}/{key}'] = float(value)
             print(f'{workdir}, {state}: {known[state]}', flush=True)
-    (workdir / LOOKED).write_text(json.dumps(known))
+    (workdir / name).write_text(json.dumps(known))
 
 
-def found(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
-    path = workdir / LOOKED
+def found(workdir: pathlib.Path, name: str) -> dict[str, dict[str, float]]:
+    path = workdir / name
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def row(name: str, workdir: pathlib.Path) -> str:
+def row(name: str, workdir: pathlib.Path) -> list[str]:
     """One method's line; the time is that of training alone, without compilation."""
     batch = json.loads((workdir / 'config.json').read_text())['batch_size']
     seconds, last = 0.0, 1
@@ -146,15 +161,38 @@ def row(name: str, workdir: pathlib.Path) -> str:
         if rate := record.get('train/examples_per_second'):
             seconds += (record['step'] - last) * batch / rate
             last = record['step']
-    looked = found(workdir)
+    looked = found(workdir, LOOKED)
     before, after = looked['before'], looked['after']
-    ends = ('knn/top1', 'knn/top1_10_per_class', 'linear/top1_10_per_class', 'linear/top1')
-    cells = [
-        *(name, f'{last}', f'{seconds / 60:.1f}', f'{(last - 1) * batch / seconds:.0f}'),
-        *(f'{100 * v:.1f}' for v in (before['knn/top1'], *(after[k] for k in ends))),
-        *(f'{after["collapse/std"]:.2f}', f'{after["collapse/rank"]:.0f}'),
+    asked = [f'{key.split("/")[1]} {100 * v:.1f}' for key, v in after.items() if 'pretext' in key]
+    return [
+        *(name, f'{last} of {batch}', f'{seconds / 60:.1f}'),
+        f'{(last - 1) * batch / seconds:.0f}',
+        *(f'{100 * x[f"{e}/top1"]:.1f}' for e in ('knn', 'linear') for x in (before, after)),
+        *(
+            f'{100 * after[f"{evaluator}/top1_{few}"]:.1f}'
+            for few in ('10_per_class', '1_percent')
+            for evaluator in ('knn', 'linear')
+        ),
+        ', '.join(asked) or '–',
+        f'{after["collapse/std"]:.2f} / {after["collapse/rank"]:.0f}',
     ]
-    return f'| {" | ".join(cells)} |'
+
+
+def by_depth(layers: dict[str, dict[str, dict[str, float]]], out: pathlib.Path) -> None:
+    """Prints the probes of every layer; draws those of runs that have as many."""
+    lines: dict[int, dict[str, list[float]]] = {}
+    for name, states in layers.items():
+        for state, values in states.items():
+            top1 = {key: v for key, v in values.items() if key.endswith('top1')}
+            ends = [top1.pop('linear/top1')]
+            line = [100 * v for v in [*top1.values(), *ends]]
+            lines.setdefault(len(line), {})[f'{name}, {NAMES[state]}'] = line
+    for count, of_runs in lines.items():
+        heads = ['config', *(f'layer {i}' for i in range(1, count)), 'features']
+        print()
+        table(heads, [[name, *(f'{v:.1f}' for v in line)] for name, line in of_runs.items()])
+        picture = figures.depth(of_runs, heads[1:], 'linear probe')
+        (out / f'depth_{count}.png').write_bytes(picture)
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from subjects import subject
 from test_evals import blobs, encoder, sklearn_knn, sklearn_linear
 
-from contrastive_jax import parallel
+from contrastive_jax import figures, parallel
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import knn, linear
 from contrastive_jax.evaluation import few_labels, pooled
@@ -146,12 +146,36 @@ def test_linear_probes_of_other_outputs():
 
     found = probe(8, 'm*', 'patches')
     assert found == probe(1, 'm*', 'patches')
-    assert list(found) == ['map_top1', 'patches_top1']
+    assert list(found) == ['map_top1', 'patches_top1', 'depth']
     assert found['map_top1'] == found['patches_top1'] > 0.6  # chance is a third
     # Raw pixels have no outputs.
     assert probe(1, 'map', tower=False) == {}
     with pytest.raises(UserError, match=r"outputs: unknown .*'maps'.*Did you mean 'map'"):
         probe(1, 'maps')
+
+
+def test_the_picture_of_layers_ends_with_the_features(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, 'depth', lambda *given: drawn.append(given) or b'')
+    options: Any = {'strengths': (10.0,), 'per_class': (), 'label': 'label'}
+    outputs = ('features', 'patches', 'map')
+    found = dict(linear.make(outputs=outputs, **options)(with_maps(1, 4, 8)))
+    tops = [100 * found[key] for key in ('patches_top1', 'map_top1', 'top1')]
+    assert drawn == [({'': tops}, ['patches', 'map', 'features'], 'linear')]
+    drawn.clear()
+    assert 'depth' not in dict(linear.make(**options)(with_maps(1, 4, 8)))
+    assert not drawn
+
+
+def test_maps_are_pooled_to_fewer_dimensions_when_asked():
+    options: Any = {'strengths': (10.0,), 'per_class': (), 'outputs': ('map',)}
+    seen = with_maps(1, 4, 8)
+    widths = [seen.features('test', 'map', dimensions=n).x_ND.shape[1] for n in (9216, 40, 8, 3)]
+    assert widths == [128, 32, 8, 8]
+    few = dict(linear.make(dimensions=8, **options)(with_maps(1, 4, 8)))
+    means = np.asarray(seen.features('test', 'map').x_ND).reshape(-1, 16, 8).mean(1)
+    np.testing.assert_allclose(seen.features('test', 'map', dimensions=8).x_ND, means, atol=1e-6)
+    assert few['map_top1'] != dict(linear.make(**options)(with_maps(1, 4, 8)))['map_top1']
 
 
 def test_what_is_forgotten_is_computed_again():
@@ -177,6 +201,7 @@ def test_wrong_options_are_refused():
         (knn.make, 'fractions', (0.0,)),
         (linear.make, 'fractions', (1.5,)),
         (linear.make, 'outputs', ()),
+        (linear.make, 'dimensions', 0),
     ]:
         with pytest.raises(UserError, match=key):
             make(**{key: value})

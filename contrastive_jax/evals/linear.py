@@ -16,9 +16,9 @@ import numpy as np
 from absl import logging
 from jax import lax
 
-from contrastive_jax import evaluation, parallel
+from contrastive_jax import evaluation, figures, parallel
 from contrastive_jax.config import UserError, check_range, each
-from contrastive_jax.evaluation import Evaluate, few_labels, logistic, percent
+from contrastive_jax.evaluation import Evaluate, few_labels, logistic, percent, pooled
 from contrastive_jax.evaluation.subject import Subject, gather, put
 
 STRENGTHS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2)
@@ -30,6 +30,7 @@ TOGETHER = 2**26  # logits of few-labels problems that are solved at a time
 def make(
     strengths: Sequence[float] = STRENGTHS,
     outputs: Sequence[str] = ('features',),
+    dimensions: int = pooled.DIMENSIONS,
     per_class: Sequence[int] = (10,),
     fractions: Sequence[float] = (),
     draws: int = 5,
@@ -62,7 +63,9 @@ def make(
         outputs: what of the encoder is classified: 'features', or any that its model names: 'map',
             'stage1', 'cls', 'patches', 'block3', 'last4', ..., or patterns of names, which may
             match none: 'block*'. Maps and patches are pooled, see `Subject.features`; each needs
-            memory for up to 9,216 dimensions, three times.
+            memory for these numbers three times.
+        dimensions: that a map is pooled to at most, from 1, so that layers are compared at about as
+            many each. Fewer than the papers' 9,000 take less time.
         per_class: numbers of labels per class to evaluate beside all labels.
         fractions: shares of the labels to evaluate, too, in (0, 1], the same share of every class.
         draws: random subsets each of those is averaged over.
@@ -78,7 +81,8 @@ def make(
         `evaluate(subject)`, which yields 'top1', and the mean and the standard deviation over draws
         'top1_<n>_per_class' and 'top1_<n>_per_class_std' for each n of per_class,
         'top1_<p>_percent' and 'top1_<p>_percent_std' for each of fractions, p being 100 times it;
-        of another output than the features the same as '<output>_top1', ... Raw pixels have none.
+        of another output than the features the same as '<output>_top1', ..., and the picture
+        'depth' of all outputs in the order of `outputs`, the features last. Raw pixels have none.
 
     Raises:
         UserError: a value outside its range; (when evaluating) an output that there is not.
@@ -90,7 +94,8 @@ def make(
         raise UserError(f'{where}.strengths: got none; expected numbers above 0.')
     check_range(where, each('strengths', strengths), above=0)
     check_range(where, {'validation_fraction': validation_fraction}, above=0, below=1)
-    check_range(where, {'max_iterations': max_iterations}, least=1, whole=True)
+    sizes = {'max_iterations': max_iterations, 'dimensions': dimensions}
+    check_range(where, sizes, least=1, whole=True)
     if not outputs:
         raise UserError(f'{where}.outputs: got none; expected names of outputs of the encoder.')
     few_labels.check(where, per_class, draws, fractions)
@@ -101,9 +106,10 @@ def make(
     say = evaluation.missed('the linear classifier')
 
     def probe(subject: Subject, output: str, prefix: str) -> Iterator[tuple[str, float]]:
-        train, test = subject.labelled(output, label), subject.features('test', output, label)
+        rows = (output, label) if output == 'features' else (output, label, dimensions)
+        train, test = subject.labelled(*rows), subject.features('test', *rows)
         classes = max(len(subject.classes[label]), int(train.label_N.max()) + 1)
-        first = len(subject.features('train', output).label_N)  # of validation
+        first = len(subject.features('train', *rows).label_N)  # of validation
         held_N = (np.arange(len(train.label_N)) >= first) & (train.label_N >= 0)
         if not held_N.any():
             held_N = few_labels.held_out(train.label_N, validation_fraction, seed)
@@ -138,18 +144,27 @@ def make(
             row = f'{title}, {few_labels.titled(name)}'
             yield from few_labels.over_draws(f'{prefix}top1_{name}', scores, row)
 
-    def evaluate(subject: Subject) -> Iterator[tuple[str, float]]:
+    def evaluate(subject: Subject) -> Iterator[tuple[str, float | bytes]]:
         if reason := subject.missing(label):
             say(reason)
             return
+        found: dict[str, float] = {}
         if 'features' in outputs:
-            yield from probe(subject, 'features', '')
+            for key, value in probe(subject, 'features', ''):
+                found.setdefault('features', value)  # the first one is of all labels
+                yield key, value
         others = [output for output in outputs if output != 'features']
         if subject.weights is None or not others:
             return
         for output in subject.named(others, f'{where}.outputs'):
-            yield from probe(subject, output, f'{output}_')
+            for key, value in probe(subject, output, f'{output}_'):
+                found.setdefault(output, value)
+                yield key, value
             subject.forget(output)  # maps are large
+        if len(found) > 1:
+            depth = sorted(found, key='features'.__eq__)  # last, whatever comes before
+            shares = {'': [100 * found[output] for output in depth]}
+            yield 'depth', figures.depth(shares, depth, evaluation.titled('linear', label))
 
     return evaluate
 

@@ -1,4 +1,4 @@
-"""From a map of features to a row of about 9,000 numbers, for linear probes of any layer.
+"""From a map of features to a row of a few thousand numbers, for linear probes of any layer.
 
 B: batch, h w: a map, C: its channels, N: patches.
 """
@@ -14,13 +14,14 @@ from contrastive_jax.config import UserError
 DIMENSIONS = 9216  # that a map is pooled to, at most: 3 × 3 × 1024, or 6 × 6 × 256
 
 
-def pooled(x: jax.Array, name: str) -> jax.Array:
+def pooled(x: jax.Array, name: str, dimensions: int = DIMENSIONS) -> jax.Array:
     """An output of the encoder as rows [B, D].
 
     Args:
         x: [B, D], which stays as it is, or a map [B, h, w, C] or patches [B, h·h, C], see
             `evaluation.subject.Subject.features`.
         name: for errors.
+        dimensions: the most that a map is averaged to, where one cell has not more.
 
     Raises:
         UserError: any other shape.
@@ -39,7 +40,7 @@ def pooled(x: jax.Array, name: str) -> jax.Array:
             '[B, h, w, C] or patches [B, N, C] of a square grid.'
         )
     h, w, C = x.shape[1:]
-    side = max(s for s in range(1, min(h, w) + 1) if s == 1 or s * s * C <= DIMENSIONS)
+    side = max(s for s in range(1, min(h, w) + 1) if s == 1 or s * s * C <= dimensions)
     return _averaged(x, _cells(side, h), _cells(side, w))
 
 

@@ -84,12 +84,18 @@ class Subject:
         self.weights, self.random, self.task = weights, random, task
         self._encode, self._outputs, self._batch_size = encode, outputs, batch_size
         self.bad = bad or BadRecords(None, sum(map(len, splits.values())), 1.0)
-        self._features: dict[tuple[str, str], jax.Array] = {}
+        self._features: dict[tuple[str, str, int], jax.Array] = {}
         self._labels: dict[str, dict[str, np.ndarray]] = {}
 
     # --- Whole splits -----------------------------------------------------------------------------
 
-    def features(self, split: str, name: str = 'features', label: str = 'label') -> Features:
+    def features(
+        self,
+        split: str,
+        name: str = 'features',
+        label: str = 'label',
+        dimensions: int = pooled.DIMENSIONS,
+    ) -> Features:
         """The features of a split, or another output, computed at the first call.
 
         They pass through the host batch by batch: there the parts are joined without compiling
@@ -97,32 +103,40 @@ class Subject:
         for the split (ImageNet's 1.28 M rows of 2048 float32: 10 GB).
 
         A map [B, h, w, C], or patches [B, N, C] of a square grid, are averaged over the cells of
-        the finest grid that leaves at most 9,216 numbers (36 KB a record), on the devices, and then
-        flattened.
+        the finest grid that leaves at most `dimensions` numbers (9,216 are 36 KB a record), on the
+        devices, and then flattened.
 
         Args:
             split: of `splits`.
             name: of what encode knows.
             label: of those that records have; all −1 where they have none of this name.
+            dimensions: at most, of what is pooled.
         """
-        if (split, name) not in self._features:
+        key = split, name, dimensions
+        if key not in self._features:
             x_ND, self._labels[split] = self.through(
-                self.splits[split], lambda batch: pooled.pooled(self._encode(batch, name), name)
+                self.splits[split],
+                lambda batch: pooled.pooled(self._encode(batch, name), name, dimensions),
             )
-            self._features[split, name] = on_mesh(self.mesh, x_ND)
-        x_ND, labels = self._features[split, name], self._labels[split]
+            self._features[key] = on_mesh(self.mesh, x_ND)
+        x_ND, labels = self._features[key], self._labels[split]
         label_N = labels.get(label)
         if label_N is None:
             return Features(x_ND, np.full(len(x_ND), -1, np.int32))
         return Features(x_ND, padded(label_N, len(x_ND)))
 
-    def labelled(self, name: str = 'features', label: str = 'label') -> Features:
+    def labelled(
+        self,
+        name: str = 'features',
+        label: str = 'label',
+        dimensions: int = pooled.DIMENSIONS,
+    ) -> Features:
         """All rows that a classifier may learn from: 'train', and 'validation' if there is one."""
         splits = [s for s in ('train', 'validation') if s in self.splits]
-        parts = [self.features(split, name, label) for split in splits]
+        parts = [self.features(split, name, label, dimensions) for split in splits]
         if len(parts) == 1:
             return parts[0]
-        key = 'labelled', name
+        key = 'labelled', name, dimensions
         if key not in self._features:
             x_ND = np.concatenate([parallel.to_host(p.x_ND) for p in parts])
             self._features[key] = on_mesh(self.mesh, x_ND)

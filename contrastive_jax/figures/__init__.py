@@ -7,6 +7,7 @@ pyplot: no global state, no display.
 
 from contrastive_jax.figures.curves import training_curves as training_curves
 from contrastive_jax.figures.plots import confusion as confusion
+from contrastive_jax.figures.plots import depth as depth
 from contrastive_jax.figures.plots import heat as heat
 from contrastive_jax.figures.plots import scatter as scatter
 from contrastive_jax.figures.sheets import Tile as Tile

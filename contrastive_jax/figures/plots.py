@@ -1,10 +1,10 @@
-"""Figures of features and of classes: a scatter of points, a confusion matrix.
+"""Figures of features, of classes and of layers: points, a confusion matrix, values by depth.
 
 N: points, C: classes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,37 @@ def confusion(counts_CC: np.ndarray, names: Sequence[str], title: str) -> bytes:
             ink = 'white' if share_CC[i, j] > 0.55 else INK
             axis.text(j, i, str(counts_CC[i, j]), ha='center', va='center', color=ink, fontsize=8)
     _mistakes(beside, counts_CC, names)
+    return png(figure)
+
+
+def depth(lines: Mapping[str, Sequence[float]], names: Sequence[str], title: str) -> bytes:
+    """Draws a percentage of every layer, from the first to the last.
+
+    Args:
+        lines: of each encoder a percentage per name; without a name where there is but one.
+        names: of the layers.
+        title: above the lines.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.6 if len(lines) == 1 else 8.4, 4.2), dpi=120, layout='constrained')
+    axis = figure.subplots()
+    axis.set_title(f'{title} (%)', loc='left', fontsize=10.5, color=INK)
+    axis.set_xticks(range(len(names)), names)
+    axis.grid(color=FAINT, lw=0.8, axis='y')
+    axis.tick_params(colors=GREY, length=0, labelsize=9)
+    for side in ('top', 'right', 'left'):
+        axis.spines[side].set_visible(False)
+    axis.spines['bottom'].set_color(GREY)
+    for i, (name, values) in enumerate(lines.items()):
+        colour, marker = HUES[i % len(HUES)], MARKERS[i // len(HUES) % len(MARKERS)]
+        axis.plot(values, f'{marker}-', color=colour, lw=1.6, ms=5, label=name)
+        if len(lines) == 1:
+            for x, y in enumerate(values):
+                axis.annotate(f'{y:.1f}', (x, y), (0, 6), textcoords='offset points', ha='center')
+    axis.margins(y=0.14)
+    if len(lines) > 1:
+        figure.legend(frameon=False, fontsize=9, labelcolor=INK, loc='outside right upper')
     return png(figure)
 
 
