@@ -38,6 +38,7 @@ FEW = {'fractions': (0.01,)}
 SPECS = {'knn': FEW, 'linear': FEW, 'collapse': {}, 'pretext': {}}
 OUTPUTS = ('stage*', 'block*', 'features')
 DEPTH = {'linear': {'outputs': OUTPUTS, 'dimensions': 512, 'per_class': ()}}
+NONE = 'eval', 'finetune'  # configs that train no encoder from the start
 NAMES = {'before': 'untrained', 'after': 'trained'}
 HEADS = ('config', 'steps', 'minutes', 'images/s', 'kNN, untrained', 'kNN', 'linear, untrained')
 HEADS += ('linear', '10 a class: kNN', 'linear', '1 %: kNN', 'linear', 'its own task', 'std / rank')
@@ -65,7 +66,7 @@ def main() -> None:
         return
     if args.jobs > 1 and args.jobs > (cores := len(os.sched_getaffinity(0))):
         parser.error(f'--jobs: got {args.jobs}; expected at most one a core, of which are {cores}.')
-    stems = sorted(p.stem for p in (HERE / 'configs').glob('*.py') if p.stem != 'eval')
+    stems = sorted(p.stem for p in (HERE / 'configs').glob('*.py') if p.stem not in NONE)
     images = [n for n in stems if n != 'simclr_vit' and not load(n, 'digits').text]
     names = args.only.split(',') if args.only else images
     commands = []

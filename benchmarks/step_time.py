@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument('--turns', type=int, default=6)
     args = parser.parse_args()
     names = args.only.split(',') if args.only else sorted(p.stem for p in CONFIGS.glob('*.py'))
-    others = ('simclr_resnet', 'simclr_vit', 'eval')
+    others = ('simclr_resnet', 'simclr_vit', 'eval', 'finetune')
     names = [n for n in names if n not in others and not load(n, 'digits').text]
     mesh = parallel.make_mesh()
     resnet, tokens = (load(f'simclr_{m}', args.preset) for m in ('resnet', 'vit'))

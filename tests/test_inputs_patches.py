@@ -129,6 +129,18 @@ def brightness_that_falls(seed):
     return np.repeat(noise + slope + 0.7 * slope.transpose(0, 2, 1, 3), 3, axis=3)
 
 
+def edges_that_run_on(seed):
+    """Noise, with a stroke across each border of two cells, bright or dark on both sides of it."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(B, 24, 24, 1)) * 0.1
+    for border in (8, 16):
+        for at in (slice(0, 8), slice(8, 16), slice(16, 24)):
+            down, across = rng.choice([-1.5, 1.5], (2, B, 1, 1, 1))
+            x[:, at, border - 1 : border + 1] += across
+            x[:, border - 1 : border + 1, at] += down
+    return np.repeat(x, 3, axis=3)
+
+
 @functools.cache
 def accuracy(images, puzzle=False, **defences):
     """(mean, standard error over images) on held-out ones, after STEPS of training."""
@@ -146,7 +158,7 @@ def accuracy(images, puzzle=False, **defences):
         rng = np.random.default_rng(seed)
         return {'views': np.stack([transform.host({'image': i}, rng)['views'] for i in x])}
 
-    start = {'views': jnp.zeros((1, 9, 6, 6, 3))}
+    start = {'views': jnp.zeros((1, *inputs.train.shapes['views'].shape))}
     s = jax.jit(state.make_init(method, tx, 0, 100))(start)
     for i in range(STEPS):
         s, _ = step(s, batch(i))
@@ -173,6 +185,13 @@ def test_displaced_colours_are_hidden():
     mean, error = accuracy(colours_that_drift)
     assert abs(mean - 1 / 8) < 3 * error
     mean, error = accuracy(colours_that_drift, colour='keep')
+    assert mean > 1 / 8 + 10 * error
+
+
+def test_edges_that_run_on_are_hidden_by_the_gap():
+    mean, error = accuracy(edges_that_run_on, colour='keep')
+    assert abs(mean - 1 / 8) < 3 * error
+    mean, error = accuracy(edges_that_run_on, colour='keep', tile=8, jitter=0)
     assert mean > 1 / 8 + 10 * error
 
 

@@ -2,13 +2,17 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax
+from subjects import subject
 
 from contrastive_jax.config import UserError, build
+from contrastive_jax.evals import classifier
+from contrastive_jax.evaluation.subject import Weights
 from contrastive_jax.methods import supervised
 
 B, V, C, SIDE = 12, 2, 5, 8
@@ -111,10 +115,108 @@ def test_mixup_mixes_images_and_labels_by_one_share():
         assert loss(given, key=key, mixup=0.4)[0] == pytest.approx(expected, rel=1e-4)
 
 
+def pasted(key, height, width, alpha):
+    """Where timm pastes, from its formulas in a loop: bool [H, W], and λ by its area."""
+    draw, place = (jax.random.split(key, 4)[i] for i in (1, 2))
+    side = np.sqrt(1 - float(jax.random.beta(draw, alpha, alpha)))
+    y, x = np.asarray(jax.random.randint(place, (2,), 0, jnp.asarray((height, width))))
+    half_y, half_x = int(height * side) // 2, int(width * side) // 2
+    box = np.zeros((height, width), bool)
+    for i in range(max(y - half_y, 0), min(y + half_y, height)):
+        for j in range(max(x - half_x, 0), min(x + half_x, width)):
+            box[i, j] = True
+    return box, 1 - box.mean()
+
+
+def test_cutmix_pastes_rectangles_and_mixes_labels_by_their_area():
+    areas = []
+    for seed in range(40):
+        key = jax.random.key(seed)
+        box, own = pasted(key, 6, 9, 1.0)
+        np.testing.assert_array_equal(supervised.share(key, (6, 9), 0.0, 1.0)[0, 0, :, :, 0], ~box)
+        areas.append(own)
+    assert min(areas) < 0.5
+    assert max(areas) > 0.9
+    given = batch()
+    share_key, order_key = jax.random.split(jax.random.key(3), 3)[1:]
+    box, own = pasted(share_key, SIDE, SIDE, 1.0)
+    assert 0.1 < own < 0.9
+    partner = np.asarray(jax.random.permutation(order_key, B))
+    views = np.where(box[:, :, None], given['views'][partner], given['views'])
+    target = own * np.eye(C)[given['label']] + (1 - own) * np.eye(C)[given['label'][partner]]
+    log_p = log_probabilities({'views': views})
+    expected = -(log_p * target[:, None]).sum(2).mean()
+    assert loss(given, key=3, cutmix=1.0)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_coin_chooses_between_mixup_and_cutmix():
+    seen = [np.unique(supervised.share(jax.random.key(k), (8, 8), 0.8, 1.0)) for k in range(60)]
+    pastes = sum(set(values) <= {0.0, 1.0} for values in seen)
+    assert 18 < pastes < 42  # 30 ± 3 standard deviations
+    assert all(len(v) == 1 for v in seen if not set(v) <= {0.0, 1.0})
+
+
+def test_a_probe_leaves_the_encoder_as_it_is():
+    given, probe = batch(), method(locked=True, batch_norm=True, head_std=0.01)
+    params, extra = probe.init(jax.random.key(0), given, 0)
+    assert {name: set(module) for name, module in params.items()} == {'head': {'linear'}}
+    kernel = np.asarray(params['head']['linear']['kernel'])
+    assert 0.007 < kernel.std() < 0.013
+    value, aux = jax.jit(probe.loss)(params, extra, given, jax.random.key(0), jnp.float32(0))
+    # BatchNorm without scale and bias, of all views of the batch, in float64.
+    whole = {'encoder': extra['frozen']['encoder'], **params}
+    views = given['views'].reshape(-1, SIDE, SIDE, 3)
+    encode = jax.jit(probe.encode)
+    x = np.asarray(encode(params, extra, {'image': views})['features'], np.float64)
+    normal = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)
+    log_p = log_softmax(normal @ kernel, axis=1)
+    expected = -log_p[np.arange(B * V), np.repeat(given['label'], V)].mean()
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    for before, after in zip(*map(jax.tree.leaves, (extra, aux.extra)), strict=False):
+        assert before.shape == after.shape
+    frozen = jax.tree.map(np.array_equal, extra['frozen'], aux.extra['frozen'])
+    assert all(jax.tree.leaves(frozen))
+    moved = aux.extra['stats']['head']['norm']
+    np.testing.assert_allclose(moved['mean'], 0.1 * x.mean(0), atol=1e-5)
+    assert probe.encoders(params, extra)['image'][0] is whole['encoder']
+
+
+def scores(logits, label, names='abcdefg'):
+    """The evaluator `classifier` on given logits [n, C]."""
+    rows = {'train': (logits[:3], label[:3]), 'test': (logits, label)}
+    outputs = {'features': 0, 'logits': 0}
+    seen = subject(
+        rows,
+        lambda batch, name, prepared=False: batch['image'],
+        batch=4,
+        classes=list(names),
+        weights=Weights(nn.Dense(1), {}, {}),
+        outputs=lambda: list(outputs),
+    )
+    return dict(classifier.make()(seen))
+
+
+def test_the_trained_classifier_is_measured_on_the_test_split():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(37, 7)).astype(np.float32)
+    label = rng.integers(-1, 7, 37)
+    rank = (-logits).argsort(1)[label >= 0]
+    right = rank == label[label >= 0][:, None]
+    found = scores(logits, label)
+    assert found == {'top1': right[:, 0].mean(), 'top5': right[:, :5].any(1).mean()}
+    assert found['top1'].title == 'classifier'
+    # Who says nothing, or what is not a number, is right about nothing.
+    assert scores(np.zeros_like(logits), label) == {'top1': 0, 'top5': 0}
+    assert scores(np.full_like(logits, np.nan), label) == {'top1': 0, 'top5': 0}
+    assert set(scores(logits[:, :4], label % 4, 'abcd')) == {'top1'}
+
+
 def test_wrong_options_are_refused():
     for options, said in (
         ({'classes': 0}, 'classes: got 0'),
         ({'classes': 3, 'mixup': -1.0}, 'mixup: got -1'),
+        ({'classes': 3, 'cutmix': -1.0}, 'cutmix: got -1'),
+        ({'classes': 3, 'head_std': -1.0}, 'head_std: got -1'),
         ({'classes': 3, 'label_smoothing': 1.0}, 'label_smoothing: got 1'),
     ):
         with pytest.raises(UserError, match=said):

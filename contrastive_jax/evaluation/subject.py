@@ -126,10 +126,7 @@ class Subject:
         return Features(x_ND, padded(label_N, len(x_ND)))
 
     def labelled(
-        self,
-        name: str = 'features',
-        label: str = 'label',
-        dimensions: int = pooled.DIMENSIONS,
+        self, name: str = 'features', label: str = 'label', dimensions: int = pooled.DIMENSIONS
     ) -> Features:
         """All rows that a classifier may learn from: 'train', and 'validation' if there is one."""
         splits = [s for s in ('train', 'validation') if s in self.splits]

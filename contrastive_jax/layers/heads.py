@@ -97,20 +97,34 @@ class Hidden(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A linear classifier that starts at 0: at first every class is as likely as the others.
+    """A linear classifier; one that starts at 0 takes every class for as likely as the others.
 
     Attributes:
         classes: C.
+        std: of the kernel's normal distribution at the start; 0: none.
+        batch_norm: BatchNorm without scale and bias on the features (MAE's linear probe).
     """
 
     classes: int
+    std: float = 0.0
+    batch_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, D] -> logits [B, C], float32."""
-        del train
-        dense = nn.Dense(self.classes, kernel_init=nn.initializers.zeros, name='linear')
-        return dense(x.astype(jnp.float32))
+        x = x.astype(jnp.float32)
+        if self.batch_norm:
+            x = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=1e-6,  # features may be small
+                use_bias=False,
+                use_scale=False,
+                use_fast_variance=False,  # E[x²] − E[x]² cancels
+                name='norm',
+            )(x)
+        init = nn.initializers.normal(self.std) if self.std else nn.initializers.zeros
+        return nn.Dense(self.classes, kernel_init=init, name='linear')(x)
 
 
 class Prototypes(nn.Module):
