@@ -33,7 +33,7 @@ def quick(c: Config) -> None:
         'knn': {'per_class': (), 'confusion': True},
         'linear': {'per_class': ()},
         **{name: {} for name in ('clustering', 'uniformity', 'collapse')},
-        **{name: {} for name in ('attention', 'pca', 'tsne', 'neighbours')},
+        **{name: {} for name in ('attention', 'pca', 'tsne', 'neighbours', 'patches', 'filters')},
     }
 
 

@@ -293,7 +293,9 @@ NUMBERS = {
 TUNED = {f'{s}top1_2_per_class{e}' for s in ('', 'scratch_') for e in ('', '_std')}
 DRAWN = {'knn': {'confusion'}, 'tsne': {'map'}}
 NOTHING = {
-    **dict.fromkeys(('attention', 'pca', 'neighbours'), 'the inputs give no images but wave'),
+    **dict.fromkeys(
+        ('attention', 'pca', 'neighbours', 'patches'), 'the inputs give no images but wave'
+    ),
     **dict.fromkeys(('retrieval', 'zeroshot'), 'the encoder reads no text'),
 }
 

@@ -13,8 +13,8 @@ from PIL import Image
 from subjects import subject
 
 from contrastive_jax import evaluation, figures, models
-from contrastive_jax.config import UserError
-from contrastive_jax.evals import attention, knn, neighbours, pca, tsne
+from contrastive_jax.config import UserError, build
+from contrastive_jax.evals import attention, filters, knn, neighbours, patches, pca, tsne
 from contrastive_jax.evaluation.subject import Weights
 from contrastive_jax.figures import plots, sheets
 
@@ -297,6 +297,65 @@ def test_names_that_mean_something_to_matplotlib(classes):
     assert opened(figures.confusion(counts, names, '100 % of $2')).shape[1] > 300
 
 
+def test_the_nearest_places_are_those_of_other_images_that_look_the_same():
+    x = np.random.default_rng(0).normal(size=(5, 6, 4))
+    x[3, 2] = 2 * (x[1, 4] - x.mean((0, 1)))  # nearly the same direction
+    score = patches.cosines(x, 1, 4)
+    y = x - x.mean((0, 1))
+    y /= np.linalg.norm(y, axis=2, keepdims=True)
+    rest = np.arange(5) != 1
+    np.testing.assert_allclose(score[rest], (y @ y[1, 4])[rest], atol=1e-12)
+    assert (score[1] == -np.inf).all()
+    assert np.unravel_index(score.argmax(), score.shape) == (3, 2)
+
+
+def test_the_place_has_a_frame():
+    image = bright([0])[0]
+    drawn = patches.framed(image, 4, 2, 3)
+    scale = patches.SIDE // max(image.shape[:2])
+    assert drawn.shape == (scale * H, scale * W, 3)
+    changed = (drawn != image.repeat(scale, 0).repeat(scale, 1)).any(-1)
+    r, c = np.nonzero(changed)
+    side = scale * PATCH
+    assert (r.min(), r.max(), c.min(), c.max()) == (side, 2 * side - 1, side, 2 * side - 1)
+    assert not changed[side + side // 2, side + side // 2]
+
+
+@pytest.mark.parametrize(
+    ('spec', 'path'),
+    [
+        ({'name': 'resnet', 'stem': 'patch4', 'widths': (8,), 'blocks': (1,)}, ('stem', 'kernel')),
+        ({'name': 'nin', 'blocks': 2}, ('block1', 'conv1', 'kernel')),
+        (
+            {'name': 'vit', 'width': 16, 'depth': 1, 'heads': 2, 'patch': 4},
+            ('patch_embedding', 'kernel'),
+        ),
+    ],
+)
+def test_filters_of_the_first_layer(spec, path):
+    module = build('models', spec, 'test')
+    params = module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), False)['params']
+    kernel = params
+    for name in path:
+        kernel = kernel[name]
+    found = filters.first(params)
+    side = 5 if spec['name'] == 'nin' else 4
+    np.testing.assert_array_equal(found, np.reshape(kernel, (side, side, 3, -1)))
+    drawn = filters.pictures(found, 6)
+    norms = np.linalg.norm(found.reshape(-1, found.shape[-1]), axis=0)
+    best = found[..., norms.argmax()]
+    np.testing.assert_allclose(drawn[0], 0.5 + best / np.abs(best).max() / 2, atol=1e-6)
+    assert drawn.shape == (6, side, side, 3)
+    assert drawn.min() >= 0
+    assert drawn.max() <= 1
+    weights = Weights(module, params, {})
+    seen = encoder({'test': dataset([0, 1])}, tower=weights)
+    ((name, picture),) = filters.make(count=4)(seen)
+    assert name == 'first_layer'
+    assert opened(picture).ndim == 3
+    assert filters.first({'dense': {'kernel': np.zeros((4, 4))}}) is None
+
+
 @pytest.mark.parametrize('devices', [1, 8])
 def test_the_confusion_is_counted_by_class(devices, monkeypatch):
     train = dataset([0, 0, 5, 5], [0, 0, 1, 1])
@@ -320,16 +379,16 @@ def test_the_confusion_is_counted_by_class(devices, monkeypatch):
 
 def test_one_and_eight_devices_draw_the_same_bytes():
     splits = {'train': clusters(40), 'test': clusters(24)}
-    evaluators = [attention.make(), pca.make(), neighbours.make(), tsne.make(), knn.make()]
+    evaluators = [m.make() for m in (attention, pca, neighbours, patches, tsne, knn)]
     found = [
         [pair for evaluate in evaluators for pair in evaluate(encoder(splits, devices))]
         for devices in (1, 8)
     ]
     assert found[0] == found[1]
-    assert sum(isinstance(value, bytes) for _, value in found[0]) == 4
+    assert sum(isinstance(value, bytes) for _, value in found[0]) == 5
 
 
-@pytest.mark.parametrize('make', [attention.make, pca.make])
+@pytest.mark.parametrize('make', [attention.make, pca.make, patches.make])
 @pytest.mark.parametrize('why', ['raw pixels', 'no such output', 'no usable image'])
 def test_what_cannot_be_drawn_is_said_once(make, why, caplog):
     bad = (0, 1) if why == 'no usable image' else ()
@@ -366,6 +425,10 @@ def test_wrong_options_are_refused():
         (pca.make, 'count', 0),
         (neighbours.make, 'k', 0),
         (neighbours.make, 'count', 0),
+        (patches.make, 'count', 0),
+        (patches.make, 'k', 0),
+        (patches.make, 'records', 1),
+        (filters.make, 'count', 0),
         (tsne.make, 'count', 1),
         (tsne.make, 'classes', 0),
         (tsne.make, 'perplexity', 0.0),
