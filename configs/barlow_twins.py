@@ -16,7 +16,7 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=1900)
+    recipes.cifar10_small(c, steps=2750)
     c.optim.learning_rate = 4e-3
     c.method = {'name': 'barlow_twins', 'hidden': 512, 'projection': 512}
 

@@ -16,7 +16,7 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=1650)
+    recipes.cifar10_small(c, steps=2350)
     c.optim.learning_rate = 4e-3
     c.method = {'name': 'byol', 'momentum': 0.95, 'hidden': 512, 'projection': 128}
 

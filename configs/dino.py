@@ -22,7 +22,7 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=3150)
+    recipes.cifar10_small(c, steps=5000)
     c.batch_size, c.optim.learning_rate = 32, 3e-3  # small batches, for more steps
     head = {'prototypes': 256, 'hidden': 512, 'bottleneck': 128, 'batch_norm': True}
     c.method = {**SHORT, **head, 'momentum': 0.97}

@@ -1,8 +1,6 @@
-"""DINOv2.
+"""DINOv2. Presets: the usual ones and `:large` (docs/presets.md).
 
     python -m contrastive_jax.main --config=configs/dinov2.py --workdir=runs/dinov2
-
-Presets: the usual ones and `:large` (docs/presets.md).
 """
 
 from contrastive_jax import config as config_lib
@@ -21,8 +19,11 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small_vit(c, steps=650, pool='cls')  # it has patches to mask
-    c.method = dict(**NARROW, prototypes=256, hidden=512, bottleneck=128, momentum=0.95)
+    recipes.cifar10_small_vit(c, steps=1000, pool='cls_mean')  # it has patches to mask
+    recipes.multi_crop(c, scale=0.3, local=4, size=12, least=0.1)
+    c.batch_size, c.inputs.view_size, c.model.width, c.model.patch = 32, 24, 96, 4
+    c.method = NARROW | {'prototypes': 64, 'hidden': 512, 'bottleneck': 128, 'momentum': 0.97}
+    c.method.update(teacher_temperature=(0.04, 0.04), patches=0.1, mask_prob=0.25)
 
 
 def cifar10(c: Config) -> None:
@@ -48,8 +49,7 @@ def imagenet(c: Config) -> None:
 
 
 def large(c: Config) -> None:
-    """ViT-L/14 for 500 of them (vitl14.yaml of the authors' code). There ImageNet-22k (paper:
-    LVD-142M) and SwiGLU; here ImageNet-1k and an MLP with GELU, as many parameters."""
+    """ViT-L/14 (vitl14.yaml). There ImageNet-22k and SwiGLU; here 1k and a GELU MLP as large."""
     imagenet(c)
     c.total_steps, c.batch_size, c.inputs.local_size = 625_000, 3072, 98
     c.model.update(patch=14, drop_path=0.4)

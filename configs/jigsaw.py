@@ -19,7 +19,7 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=850)
+    recipes.cifar10_small(c, steps=3800)
     c.inputs.crop.scale = (0.5, 1.0)
     jigsaw(c, region=32, tile=8, jitter=1, permutations=100, width=128, hidden=512, orders=4)
 

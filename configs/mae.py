@@ -29,10 +29,10 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small_vit(c, steps=1900)
-    c.model.update({'patch': 4, 'cls_token': True, 'start': 'mae'})
+    recipes.cifar10_small_vit(c, steps=2500)
+    c.model.update({'width': 96, 'patch': 4, 'cls_token': True, 'start': 'mae'})
     c.inputs.views, c.inputs.augment = 1, {}
-    c.method = {**SMALL, 'width': 96, 'heads': 3}
+    c.method = SMALL
     c.optim.learning_rate = 6e-3
     c.evals.reconstruction = {}
 

@@ -23,7 +23,7 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=2150)
+    recipes.cifar10_small(c, steps=2750)
     c.method = TRIPLET
 
 

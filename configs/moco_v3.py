@@ -18,7 +18,7 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=1650)
+    recipes.cifar10_small(c, steps=2400)
     c.method = {'name': 'moco_v3', 'temperature': 0.2, 'hidden': 512, 'projection': 128}
 
 

@@ -19,7 +19,7 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=850)
+    recipes.cifar10_small(c, steps=2800)
     c.inputs.crop.scale = (0.5, 1.0)
     # The paper's 96 and 48 pixels, a twelfth of them.
     relative_patch(c, region=32, tile=8, jitter=1, hidden=512)

@@ -18,7 +18,7 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=850)
+    recipes.cifar10_small(c, steps=1600)
     rotation(c)
 
 

@@ -16,8 +16,8 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=3800)
-    c.batch_size, c.optim.learning_rate = 32, 3e-3  # small batches, for more steps
+    recipes.cifar10_small(c, steps=6000)
+    c.batch_size, c.optim.learning_rate = 32, 6e-3  # small batches, for more steps
     c.method = {'name': 'simsiam', 'hidden': 512, 'projection': 512, 'predictor': 128, 'layers': 2}
 
 

@@ -18,7 +18,7 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small(c, steps=2000)
+    recipes.cifar10_small(c, steps=2700)
     c.optim.learning_rate = 4e-3
     c.method = {'name': 'swav', 'prototypes': 128, 'hidden': 512}
     recipes.freeze(c, 0.02, 'prototypes')

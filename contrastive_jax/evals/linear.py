@@ -106,10 +106,11 @@ def make(
     say = evaluation.missed('the linear classifier')
 
     def probe(subject: Subject, output: str, prefix: str) -> Iterator[tuple[str, float]]:
-        rows = (output, label) if output == 'features' else (output, label, dimensions)
-        train, test = subject.labelled(*rows), subject.features('test', *rows)
+        most = pooled.DIMENSIONS if output == 'features' else dimensions
+        train = subject.labelled(output, label, most)
+        test = subject.features('test', output, label, most)
         classes = max(len(subject.classes[label]), int(train.label_N.max()) + 1)
-        first = len(subject.features('train', *rows).label_N)  # of validation
+        first = len(subject.features('train', output, label, most).label_N)  # of validation
         held_N = (np.arange(len(train.label_N)) >= first) & (train.label_N >= 0)
         if not held_N.any():
             held_N = few_labels.held_out(train.label_N, validation_fraction, seed)
