@@ -19,8 +19,8 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small_vit(c, steps=1000, pool='cls_mean')  # it has patches to mask
-    recipes.multi_crop(c, scale=0.3, local=4, size=12, least=0.1)
+    recipes.cifar10_small_vit(c, steps=1200, pool='cls_mean')  # it has patches to mask
+    recipes.multi_crop(c, scale=0.3, local=2, size=12, least=0.1)
     c.batch_size, c.inputs.view_size, c.model.width, c.model.patch = 32, 24, 96, 4
     c.method = NARROW | {'prototypes': 64, 'hidden': 512, 'bottleneck': 128, 'momentum': 0.97}
     c.method.update(teacher_temperature=(0.04, 0.04), patches=0.1, mask_prob=0.25)
