@@ -94,3 +94,15 @@ def block_mask(
 
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch))
     return jax.vmap(one)(keys)
+
+
+def image_key(image: jax.Array) -> jax.Array:
+    """A key that depends on one image [H, W, C] alone, not on its place in a batch."""
+    return jax.random.fold_in(jax.random.key(0), jnp.sum(jnp.round(image * 64).astype(jnp.int32)))
+
+
+def widened(mask_BHW: jax.Array, by: int) -> jax.Array:
+    """Masks with all pixels that are at most `by` rows and columns away."""
+    size = (1, 2 * by + 1, 2 * by + 1)
+    x = mask_BHW.astype(jnp.float32)
+    return lax.reduce_window(x, 0.0, lax.max, size, (1, 1, 1), 'SAME') > 0

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from contrastive_jax import models
+from contrastive_jax.augment.masking import image_key
 from contrastive_jax.config import UserError, check_range, choose
 from contrastive_jax.layers.blocks import ACTIVATIONS
 from contrastive_jax.layers.decoder import Decoder
@@ -133,7 +134,7 @@ def make(
         images = seen(batch)
         rows, columns = grid(images)
         found = network.features(params, extra['stats'], images)
-        noise_BN = jax.vmap(lambda x: jax.random.uniform(_key(x), (rows * columns,)))(images)
+        noise_BN = jax.vmap(lambda x: jax.random.uniform(image_key(x), (rows * columns,)))(images)
         drawn, hidden_BN, _ = draw(params, extra['stats'], images, noise_BN, False)
         true, mean, scale = patches(images, rows * columns)
         drawn = drawn * scale + mean if normalise else drawn
@@ -161,8 +162,3 @@ def patches(images: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Ar
     x = rearrange(images, 'B (h p) (w q) C -> B (h w) (p q C)', p=side, q=side)
     mean, variance = x.mean(2, keepdims=True), x.var(2, keepdims=True, ddof=1)
     return x, mean, jnp.sqrt(variance + EPSILON)
-
-
-def _key(image: jax.Array) -> jax.Array:
-    """A key that depends on the image alone: not on its place in a batch."""
-    return jax.random.fold_in(jax.random.key(0), jnp.sum(jnp.round(image * 64).astype(jnp.int32)))
