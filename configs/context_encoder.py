@@ -2,24 +2,23 @@
 
     python -m contrastive_jax.main --config=configs/context_encoder.py --workdir=runs/holes
 
-Presets: the usual ones and `:flickr8k` (docs/presets.md). The decoder ends in tanh, so images are
-seen in [−1, 1]. The critic learns at a tenth of the others' rate, as in the authors' code.
+Presets: the usual ones and `:flickr8k` (docs/presets.md).
 """
 
 from contrastive_jax import config as config_lib
 from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
-WHOLE = {'augment': {}, 'view_size': 0, 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
+SMALL = {'width': 32, 'critic_width': 32}
+HALF = (0.5,) * 3  # mean and std: images in [−1, 1], as the decoder's tanh
 
 
-def holes(c: Config, rate: float, **method: object) -> None:
-    """One view an image, no colours changed; Adam as for DCGANs, at a rate that stays."""
-    c.inputs.views = 1
-    c.inputs.update(WHOLE)
-    c.method = {'name': 'context_encoder', **method}
-    # Rates are for 256 images.
-    rate = rate * 256 / c.batch_size
+def holes(c: Config, least: float, mask: str = 'centre', **method: object) -> None:
+    """One crop an image, of at least this share; Adam as for DCGANs, at rates that stay."""
+    c.inputs.update({'views': 1, 'view_size': 0, 'augment': {}, 'mean': HALF, 'std': HALF})
+    c.inputs.crop.scale = (least, 1.0)
+    c.method = {'name': 'context_encoder', 'mask': mask, **method}
+    rate = 2e-3 * 256 / c.batch_size  # 2e-3 for any batch, and a tenth for the critic
     c.optim = {'name': 'adamw', 'learning_rate': rate, 'b1': 0.5, 'final_fraction': 1.0}
     c.optim.modules = {'critic': {'learning_rate': rate / 10}}
     c.evals.reconstruction = {}
@@ -27,13 +26,12 @@ def holes(c: Config, rate: float, **method: object) -> None:
 
 def digits(c: Config) -> None:
     recipes.digits(c, steps=1000)
-    c.inputs.crop.scale = (0.7, 1.0)
-    holes(c, 2e-3, overlap=1, width=32, critic_width=32)
+    holes(c, 0.7, overlap=1, **SMALL)
 
 
 def cifar10_small(c: Config) -> None:
     recipes.cifar10_small(c, steps=1000)
-    holes(c, 2e-3, overlap=2, width=32, critic_width=32)
+    holes(c, 0.5, overlap=2, **SMALL)
 
 
 def flickr8k(c: Config) -> None:
@@ -41,38 +39,35 @@ def flickr8k(c: Config) -> None:
     cifar10_small(c)
     config_lib.dataset(c, 'captions')
     c.total_steps, c.inputs.size = 3000, 64
-    c.inputs.crop.scale = (0.5, 1.0)
     c.model = {'name': 'dcgan', 'widths': (32, 64, 128, 256)}
-    holes(c, 2e-3, width=32, critic_width=32)
-    c.evals = {'reconstruction': {}, 'collapse': {}}  # there are no classes
-    c.best = 'eval/reconstruction/psnr'
+    holes(c, 0.5, overlap=2, **SMALL)
+    c.evals, c.best = {'reconstruction': {}}, 'eval/reconstruction/psnr'  # there are no classes
 
 
 def cifar10(c: Config) -> None:
+    """Ours: the authors' networks for images of 64 pixels."""
     recipes.cifar10(c, epochs=200.0, batch=64)
-    c.inputs.crop.scale = (0.5, 1.0)
     c.model = {'name': 'dcgan', 'widths': (64, 128, 256, 512)}
-    holes(c, 2e-3, overlap=2)
+    holes(c, 0.5, overlap=2)
 
 
 def imagenet(c: Config) -> None:
     """The authors' command (README of pathak22/context-encoder).
 
-    Authors: crops of 128 pixels of images whose shorter side has 350, 500 epochs of their images;
-    here: square crops of about that share, 40 epochs of ImageNet's 1.28 million.
+    There crops of 128 pixels of images whose shorter side has 350, for 500 epochs of fewer images;
+    here square ones of about that share.
     """
     recipes.imagenet(c, epochs=40.0, batch=64)
-    c.inputs.size, c.inputs.crop_fraction = 128, 128 / 350
-    c.inputs.crop = {'scale': (0.1, 0.134), 'ratio': (1.0, 1.0), 'interpolation': 'bilinear'}
+    c.inputs.update({'size': 128, 'crop_fraction': 128 / 350})
+    holes(c, 0.1, bottleneck=4000)
+    c.inputs.crop.update({'scale': (0.1, 0.134), 'ratio': (1.0, 1.0), 'interpolation': 'bilinear'})
     c.model = {'name': 'dcgan'}
-    holes(c, 2e-3, bottleneck=4000)
 
 
 def folder(c: Config) -> None:
-    """The same on one's own images, of which crops show more."""
     imagenet(c)
     recipes.folder(c, batch=64)
-    c.inputs.crop.scale, c.inputs.crop_fraction = (0.5, 1.0), 1.0
+    c.inputs.crop.scale = (0.1, 1.0)
 
 
 def get_config(arg: str | None = None) -> Config:

@@ -128,6 +128,40 @@ def mae_loss(drawn, patches, order, count):
     return ((drawn - target) ** 2).mean(-1)[order[count:]].mean()
 
 
+def leaky(x):
+    return jnp.where(x > 0, x, 0.2 * x)
+
+
+def normed(p, x, averages=None):
+    """torch's BatchNorm of maps or vectors, of the batch's statistics or of averages."""
+    axes = tuple(range(x.ndim - 1))
+    mean, var = (x.mean(axes), x.var(axes)) if averages is None else averages.values()
+    return (x - mean) / jnp.sqrt(var + 1e-5) * p['scale'] + p['bias']
+
+
+def down(kernel, x):
+    """A convolution 4 x 4, stride 2, padding 1, as sums over the kernel's places."""
+    h, w = x.shape[1] // 2, x.shape[2] // 2
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return sum(
+        x[:, a : a + 2 * h : 2, b : b + 2 * w : 2] @ kernel[a, b] for a, b in np.ndindex(4, 4)
+    )
+
+
+def up(kernel, x):
+    """A transposed one: pixel i adds to pixels 2i − 1 … 2i + 2 of twice as large a map.
+
+    Ours holds its kernel as one of 2 x 2 places that gives 2 x 2 pixels.
+    """
+    h, w, out = x.shape[1], x.shape[2], kernel.shape[-1] // 4
+    k = kernel.reshape(2, 2, -1, 2, 2, out)
+    y = jnp.zeros((len(x), 2 * h + 2, 2 * w + 2, out))
+    for u, v, p, q in np.ndindex(2, 2, 2, 2):
+        a, b = 2 - 2 * u + p, 2 - 2 * v + q
+        y = y.at[:, a : a + 2 * h : 2, b : b + 2 * w : 2].add(x @ k[u, v, :, p, q])
+    return y[:, 1:-1, 1:-1]
+
+
 def cross_entropy(logits, label):
     """torch's: the mean over rows of −log softmax at the label."""
     return -(jax.nn.log_softmax(logits)[jnp.arange(len(logits)), label]).mean()

@@ -37,6 +37,7 @@ SHALLOW = {
     'resnet': lambda stages: {'blocks': (1,) * stages},
     'vit': lambda stages: {'depth': 1},
     'nin': lambda stages: {'blocks': 2},
+    'dcgan': lambda stages: {'widths': (8, 8)},
 }
 
 

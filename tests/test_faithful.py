@@ -328,3 +328,53 @@ def test_mae():
         return np.delete(x, np.s_[8:16]) if name.endswith('qkv/bias') else x
 
     o.check(oracle, run, part=part)
+
+
+class Quarters(nn.Module):
+    """tanh(x W) of each quarter of an image of 8 × 8 pixels, as a map of 2 × 2."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = x.reshape(len(x), 2, 4, 2, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(len(x), 2, 2, 48)
+        x = jnp.tanh(nn.Dense(6, use_bias=False, name='linear')(x))
+        return x.mean((1, 2)), {'map': x}
+
+
+def eights(views):
+    """Two views above each other, every pixel four times: 8 × 8."""
+    x = np.concatenate([views[:, 0], views[:, 1]], axis=1) / 4
+    return x.repeat(2, axis=1).repeat(2, axis=2)[:, None]
+
+
+def test_context_encoder():
+    """pathak22/context-encoder, train.lua: one step of both players, the critic's a tenth."""
+    colour = np.array([117, 104, 123]) * 2 / 255 - 1
+    inner = np.zeros((1, 8, 8, 1), bool)
+    inner[:, 3:5, 3:5] = True  # of the 4 × 4 of the centre a border of 1 is seen
+    weight = np.where(inner, 1.0, 10.0)[:, 2:6, 2:6]
+
+    def verdict(p, x):
+        x = o.leaky(o.down(p['trunk']['block1']['kernel'], x))
+        return 1 / (1 + jnp.exp(-x.reshape(B, -1) @ p['out']['kernel']))
+
+    def loss(p, memory, batch, t):
+        x = batch['views'][:, 0]
+        cells = np.where(inner, colour, x).reshape(B, 2, 4, 2, 4, 3).transpose(0, 1, 3, 2, 4, 5)
+        y = jnp.tanh(o.dense(p['encoder']['linear'], cells.reshape(B, 4, 48))).reshape(B, -1)
+        d = p['decoder']
+        y = o.leaky(o.normed(d['bottleneck_norm'], o.dense(d['bottleneck'], y)))
+        y = o.dense(d['spread'], y).reshape(B, 2, 2, -1)
+        y = jnp.tanh(o.up(d['out']['kernel'], jax.nn.relu(o.normed(d['norm0'], y))))
+        true, stop = x[:, 2:6, 2:6], jax.lax.stop_gradient
+        l2 = (weight * (y - true) ** 2).mean()
+        fooled = -jnp.log(verdict(stop(p['critic']), y)).mean()
+        real, fake = verdict(p['critic'], true), verdict(p['critic'], stop(y))
+        criticism = -jnp.log(real).mean() - jnp.log(1 - fake).mean()
+        return 0.999 * l2 + 0.001 * fooled + criticism, None
+
+    def rate(t, name):
+        return 0.0002 if name.startswith('critic') else 0.002
+
+    small = {'width': 2, 'critic_width': 3, 'bottleneck': 5, 'overlap': 1}
+    run = o.ours(o.preset('context_encoder', 'imagenet'), small, model=Quarters(), cut=eights)
+    o.check(Oracle(loss, o.adamw(rate, lambda t: 0.0, b1=0.5)), run)

@@ -612,7 +612,7 @@ def test_config_lists_the_models():
     assert isinstance(
         config.build('models', {'name': 'vit', 'size': 'Ti'}, 'config.model'), vit.ViT
     )
-    exist = "'nin', 'resnet', 'transformer', 'vit'"
+    exist = "'dcgan', 'nin', 'resnet', 'transformer', 'vit'"
     with pytest.raises(UserError, match=rf"Did you mean 'resnet'.*Exists: {exist}"):
         config.build('models', {'name': 'resmet'}, 'config.model')
     with pytest.raises(UserError, match=r"unknown key 'pach'\. Did you mean 'patch'"):
