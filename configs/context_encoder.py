@@ -9,16 +9,15 @@ from contrastive_jax import config as config_lib
 from contrastive_jax import recipes
 from contrastive_jax.config import Config
 
-SMALL = {'width': 32, 'critic_width': 32}
 HALF = (0.5,) * 3  # mean and std: images in [−1, 1], as the decoder's tanh
 
 
-def holes(c: Config, least: float, mask: str = 'centre', **method: object) -> None:
+def holes(c: Config, least: float, mask: str, overlap: int, width: int = 64) -> None:
     """One crop an image, of at least this share; Adam as for DCGANs, at rates that stay."""
     c.inputs.update({'views': 1, 'view_size': 0, 'augment': {}, 'mean': HALF, 'std': HALF})
     c.inputs.crop.scale = (least, 1.0)
-    c.method = {'name': 'context_encoder', 'mask': mask, **method}
-    rate = 2e-3 * 256 / c.batch_size  # 2e-3 for any batch, and a tenth for the critic
+    c.method = {'name': 'context_encoder', 'mask': mask, 'overlap': overlap, 'width': width}
+    rate = 8e-3  # 2e-3 for batches of 64; the critic's is a tenth
     c.optim = {'name': 'adamw', 'learning_rate': rate, 'b1': 0.5, 'final_fraction': 1.0}
     c.optim.modules = {'critic': {'learning_rate': rate / 10}}
     c.evals.reconstruction = {}
@@ -26,12 +25,12 @@ def holes(c: Config, least: float, mask: str = 'centre', **method: object) -> No
 
 def digits(c: Config) -> None:
     recipes.digits(c, steps=1000)
-    holes(c, 0.7, overlap=1, **SMALL)
+    holes(c, 0.7, 'blocks', 1, width=32)
 
 
 def cifar10_small(c: Config) -> None:
     recipes.cifar10_small(c, steps=1000)
-    holes(c, 0.5, overlap=2, **SMALL)
+    holes(c, 0.5, 'blocks', 1, width=32)
 
 
 def flickr8k(c: Config) -> None:
@@ -40,7 +39,7 @@ def flickr8k(c: Config) -> None:
     config_lib.dataset(c, 'captions')
     c.total_steps, c.inputs.size = 3000, 64
     c.model = {'name': 'dcgan', 'widths': (32, 64, 128, 256)}
-    holes(c, 0.5, overlap=2, **SMALL)
+    holes(c, 0.5, 'centre', 2, width=32)
     c.evals, c.best = {'reconstruction': {}}, 'eval/reconstruction/psnr'  # there are no classes
 
 
@@ -48,20 +47,16 @@ def cifar10(c: Config) -> None:
     """Ours: the authors' networks for images of 64 pixels."""
     recipes.cifar10(c, epochs=200.0, batch=64)
     c.model = {'name': 'dcgan', 'widths': (64, 128, 256, 512)}
-    holes(c, 0.5, overlap=2)
+    holes(c, 0.5, 'blocks', 1)
 
 
 def imagenet(c: Config) -> None:
-    """The authors' command (README of pathak22/context-encoder).
-
-    There crops of 128 pixels of images whose shorter side has 350, for 500 epochs of fewer images;
-    here square ones of about that share.
-    """
+    """The authors' command; there 500 epochs, and crops are 128 pixels of images of 350."""
     recipes.imagenet(c, epochs=40.0, batch=64)
     c.inputs.update({'size': 128, 'crop_fraction': 128 / 350})
-    holes(c, 0.1, bottleneck=4000)
+    holes(c, 0.1, 'centre', 4)
     c.inputs.crop.update({'scale': (0.1, 0.134), 'ratio': (1.0, 1.0), 'interpolation': 'bilinear'})
-    c.model = {'name': 'dcgan'}
+    c.model, c.method.bottleneck = {'name': 'dcgan'}, 4000
 
 
 def folder(c: Config) -> None:

@@ -9,14 +9,14 @@ import pytest
 from contrastive_jax import models
 from contrastive_jax.augment.masking import image_key, widened
 from contrastive_jax.config import UserError, build
+from contrastive_jax.layers import painter
 from contrastive_jax.methods import context_encoder
 from contrastive_jax.models import dcgan
-from contrastive_jax.networks import painter
 
 B, SIDE, WIDTH = 3, 32, 2
 ADVERSARY = 0.1
 MODEL = {'name': 'dcgan', 'widths': (3, 4)}
-SMALL = {'width': WIDTH, 'critic_width': 2, 'overlap': 2, 'colour': (10.0, 100.0, 200.0)}
+SMALL = {'width': WIDTH, 'overlap': 2, 'colour': (10.0, 100.0, 200.0)}
 
 
 def method(model=MODEL, **options):
@@ -46,7 +46,7 @@ def started(m, seed=1, side=SIDE):
 
 
 def trunk(p, x, averages=None):
-    for i in range(1, len(p) + 1):
+    for i in range(1, sum(name.startswith('block') for name in p) + 1):
         of = p[f'block{i}']
         x = o.down(of['kernel'], x)
         if i > 1:
@@ -78,7 +78,7 @@ def paint(p, x, averages=None):
 
 def judge(p, x):
     """Probability that these pixels are true ones."""
-    x = trunk(p['trunk'], x)
+    x = trunk(p, x)
     return 1 / (1 + jnp.exp(-(x.reshape(len(x), -1) @ p['out']['kernel'])))
 
 

@@ -354,7 +354,7 @@ def test_context_encoder():
     weight = np.where(inner, 1.0, 10.0)[:, 2:6, 2:6]
 
     def verdict(p, x):
-        x = o.leaky(o.down(p['trunk']['block1']['kernel'], x))
+        x = o.leaky(o.down(p['block1']['kernel'], x))
         return 1 / (1 + jnp.exp(-x.reshape(B, -1) @ p['out']['kernel']))
 
     def loss(p, memory, batch, t):
@@ -375,6 +375,6 @@ def test_context_encoder():
     def rate(t, name):
         return 0.0002 if name.startswith('critic') else 0.002
 
-    small = {'width': 2, 'critic_width': 3, 'bottleneck': 5, 'overlap': 1}
+    small = {'width': 2, 'bottleneck': 5, 'overlap': 1}
     run = o.ours(o.preset('context_encoder', 'imagenet'), small, model=Quarters(), cut=eights)
     o.check(Oracle(loss, o.adamw(rate, lambda t: 0.0, b1=0.5)), run)

@@ -20,9 +20,9 @@ from jax import lax
 from contrastive_jax import models
 from contrastive_jax.augment.masking import block_mask, image_key, widened
 from contrastive_jax.config import UserError, check_range, choose, each
+from contrastive_jax.layers.painter import Critic, Painter, places
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.chain import Chain, seen
-from contrastive_jax.networks.painter import Critic, Painter, places
 
 MASKS = 'centre', 'blocks'
 CELLS = 16  # rows and columns of cells that blocks consist of
@@ -37,7 +37,6 @@ def make(
     overlap: int = 4,
     adversary: float = 0.001,
     width: int = 64,
-    critic_width: int = 64,
     bottleneck: int = 0,
     colour: Sequence[float] = (117.0, 104.0, 123.0),
 ) -> Method:
@@ -63,8 +62,8 @@ def make(
             square, of blocks those around them.
         adversary: weight of what the critic says, in [0, 1), of the squared error the rest. 0:
             there is no critic.
-        width: of the decoder, channels of its largest map; of the others up to eight times as many.
-        critic_width: the same of the critic.
+        width: channels of the decoder's and of the critic's largest map; their smaller ones have up
+            to eight times as many.
         bottleneck: numbers between encoder and decoder, 4,000 in the authors' code; 0: a fully
             connected layer of each channel by itself, as in the paper.
         colour: of hidden pixels in the encoder's input, in [0, 255].
@@ -73,13 +72,12 @@ def make(
     choose('mask', mask, dict.fromkeys(MASKS), 'config.method')
     sizes = {'overlap': overlap, 'bottleneck': bottleneck}
     check_range('config.method', sizes, least=0, whole=True, who=who)
-    sizes = {'width': width, 'critic_width': critic_width}
-    check_range('config.method', sizes, least=1, whole=True, who=who)
+    check_range('config.method', {'width': width}, least=1, whole=True, who=who)
     check_range('config.method', {'adversary': adversary}, least=0, below=1, who=who)
     check_range('config.method', each('colour', colour), least=0, most=255, who=who)
     network = Chain(model)
     empty = jnp.asarray(colour, jnp.float32).reshape(1, 1, 1, -1) / 127.5 - 1
-    judge = Critic(critic_width)
+    judge = Critic(width)
 
     def window(x_BHW: jax.Array) -> jax.Array:
         """What is painted, of images or masks: the centre, or all of it."""

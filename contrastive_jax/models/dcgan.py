@@ -13,41 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax.config import UserError, check_range, choose, each
-from contrastive_jax.models.resnet import DTYPES, convolve
-
-SLOPE = 0.2  # of LeakyReLU below 0
-start = nn.initializers.normal(0.02)  # of kernels
-
-
-class Block(nn.Module):
-    """A convolution 4 x 4 of stride 2, BatchNorm if it is wanted, LeakyReLU."""
-
-    width: int
-    norm: bool
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        kernel = self.param('kernel', start, (4, 4, x.shape[-1], self.width))
-        x = convolve(x.astype(self.dtype), kernel.astype(self.dtype), 2, 1)
-        if self.norm:
-            x = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-5,
-                dtype=self.dtype,
-                use_fast_variance=False,  # E[x²] − E[x]² cancels
-                name='norm',
-            )(x)
-        return nn.leaky_relu(x, SLOPE)
+from contrastive_jax.layers.convolution import Down
+from contrastive_jax.models.resnet import DTYPES
 
 
 class DCGAN(nn.Module):
     """See `make`."""
 
     widths: tuple[int, ...]
-    remat: bool = False
-    dtype: jnp.dtype = jnp.dtype('float32')
+    remat: bool
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -56,7 +31,7 @@ class DCGAN(nn.Module):
                 f'config.model.widths: {len(self.widths)} of them need images of at least '
                 f'{2 ** len(self.widths)} pixels a side; got {list(x.shape[1:3])}.'
             )
-        block = nn.remat(Block, static_argnums=2) if self.remat else Block
+        block = nn.remat(Down, static_argnums=2) if self.remat else Down
         maps: list[jax.Array] = []
         for i, width in enumerate(self.widths, 1):
             x = block(width, i > 1, self.dtype, name=f'block{i}')(x, train)

@@ -1,4 +1,4 @@
-"""What a context encoder fills holes with, and what tells its work from the truth.
+"""A decoder that paints holes, and a critic that tells what it painted from what was there.
 
 Pathak et al. 2016, arXiv:1604.07379, sections 3.1 and 3.2, and their code.
 
@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from contrastive_jax.config import UserError
-from contrastive_jax.models.dcgan import DCGAN, SLOPE, start
-from contrastive_jax.models.resnet import convolve
+from contrastive_jax.layers.convolution import SLOPE, Down, Up, batch_norm, dcgan_start
 
 SMALLEST = 4  # side of the map that painting begins with and a critic ends with, about
 
@@ -57,25 +56,6 @@ class ChannelWise(nn.Module):
         return jnp.einsum('BND,DNM->BMD', x, kernel)
 
 
-class Up(nn.Module):
-    """A transposed convolution 4 x 4 of stride 2, padding 1: [B, h, w, D] -> [B, 2h, 2w, out].
-
-    As a convolution 2 x 2 that gives four pixels at each place, which CPUs compute faster.
-
-    Attributes:
-        out: channels.
-    """
-
-    out: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param('kernel', start, (2, 2, x.shape[-1], 4 * self.out))
-        x = convolve(x, kernel, 1, 1)
-        x = rearrange(x, 'B h w (p q C) -> B (h p) (w q) C', p=2, q=2)
-        return x[:, 1:-1, 1:-1]
-
-
 class Painter(nn.Module):
     """A decoder from an encoder's map to pixels in [−1, 1]: tanh.
 
@@ -98,17 +78,8 @@ class Painter(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, N, D] -> [B, S, S, C], float32."""
 
-        def norm(name: str) -> nn.BatchNorm:
-            return nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-5,
-                use_fast_variance=False,  # E[x²] − E[x]² cancels
-                name=name,
-            )
-
         def dense(out: int, name: str) -> nn.Dense:
-            return nn.Dense(out, use_bias=False, kernel_init=start, name=name)
+            return nn.Dense(out, use_bias=False, kernel_init=dcgan_start, name=name)
 
         count = halvings(self.side)
         first = self.side // 2**count
@@ -116,19 +87,19 @@ class Painter(nn.Module):
         x = x.astype(jnp.float32)
         if self.bottleneck:
             x = dense(self.bottleneck, 'bottleneck')(x.reshape(len(x), -1))
-            x = nn.leaky_relu(norm('bottleneck_norm')(x), SLOPE)
+            x = nn.leaky_relu(batch_norm(train, 'bottleneck_norm')(x), SLOPE)
             x = dense(first * first * top, 'spread')(x)
         else:
             x = ChannelWise(first * first, name='bottleneck')(x)
             x = dense(top, 'mix')(x)
-        x = nn.relu(norm('norm0')(x.reshape(len(x), first, first, top)))
+        x = nn.relu(batch_norm(train, 'norm0')(x.reshape(len(x), first, first, top)))
         for i, width in enumerate(reversed(rest), 1):
-            x = nn.relu(norm(f'norm{i}')(Up(width, name=f'up{i}')(x)))
+            x = nn.relu(batch_norm(train, f'norm{i}')(Up(width, name=f'up{i}')(x)))
         return jnp.tanh(Up(self.channels, name='out')(x))
 
 
 class Critic(nn.Module):
-    """DCGAN's discriminator.
+    """DCGAN's discriminator, whose first convolution has no BatchNorm.
 
     Attributes:
         width: channels of the largest map; smaller ones have up to eight times as many.
@@ -139,9 +110,10 @@ class Critic(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, S, S, C] -> logits [B], above 0: these pixels are true ones; float32."""
-        _, named = DCGAN(widths(self.width, halvings(x.shape[1])), name='trunk')(x, train)
-        flat = named['map'].reshape(len(x), -1)
-        return nn.Dense(1, use_bias=False, kernel_init=start, name='out')(flat)[:, 0]
+        for i, width in enumerate(widths(self.width, halvings(x.shape[1])), 1):
+            x = Down(width, i > 1, name=f'block{i}')(x, train)
+        flat = x.reshape(len(x), -1)
+        return nn.Dense(1, use_bias=False, kernel_init=dcgan_start, name='out')(flat)[:, 0]
 
 
 def places(named: dict[str, jax.Array]) -> jax.Array:
