@@ -9,13 +9,15 @@ Dimension key: B batch, H W image, C channels, S side of the window that is pain
 encoder's map, D its channels.
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
-from jax import lax
+from jax.lax import stop_gradient as stop
 
 from contrastive_jax import models
 from contrastive_jax.augment.masking import block_mask, image_key, widened
@@ -25,8 +27,9 @@ from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.networks.chain import Chain, seen
 
 MASKS = 'centre', 'blocks'
-CELLS = 16  # rows and columns of cells that blocks consist of
+CELLS = 16  # rows and columns of cells that blocks consist of, or the next number that divides
 SHARE = 0.25  # of them that are hidden
+LEAST = 64  # a block is no smaller than the image over this
 BORDER = 10.0  # times what a pixel of the border counts
 
 
@@ -44,9 +47,9 @@ def make(
 
     That is `config.inputs.mean` and `std` of 0.5 each, because the decoder ends in tanh.
 
-    BatchNorm takes its statistics of all views together, in the encoder of images with holes; the
-    critic's of true and of painted holes each by itself, as in the authors' code, in training and
-    never of its averages. Authors' code: the critic takes its step before its gradient on painted
+    BatchNorm takes its statistics of all views together, in the encoder of images with holes, whose
+    averages evaluators use on whole ones; the critic's of true and of painted holes each by itself,
+    as in the authors' code. Authors' code: the critic takes its step before its gradient on painted
     holes is taken; here: both at once, because there is one backward pass.
 
     Beside the encoder's outputs evaluators can have 'filled' [B, H, W, C], images whose holes are
@@ -56,7 +59,7 @@ def make(
     Args:
         model: the encoder; gives 'map' [B, h, w, D] or 'patches' [B, N, D].
         mask: 'centre', a square of half of the image's side; or 'blocks', random rectangles that
-            cover a quarter of it. For the first a side is a multiple of 4, for the second of 16.
+            cover a quarter of it.
         overlap: pixels along the hole's edge that are painted although they are seen, and count
             ten times, against seams. Of the centre they are the outermost ones inside of the
             square, of blocks those around them.
@@ -92,9 +95,12 @@ def make(
             inside = (at >= side // 4 + overlap) & (at < side - side // 4 - overlap)
             square = inside[None, :, None] & inside[None, None, :]
             return jnp.broadcast_to(square, images.shape[:3])
-        draw = lambda key: block_mask(key, 1, CELLS, CELLS, ratio=SHARE, prob=1.0)[0]  # noqa: E731
-        cells = jax.vmap(draw)(keys).reshape(-1, CELLS, CELLS)
-        return cells.repeat(side // CELLS, axis=1).repeat(side // CELLS, axis=2)
+        cell = math.gcd(side, max(1, side // CELLS))
+        n = side // cell
+        size = {'rows': n, 'columns': n, 'min_patches': max(1, n**2 // LEAST)}
+        draw = partial(block_mask, batch=1, ratio=SHARE, prob=1.0, **size)
+        cells = jax.vmap(draw)(keys).reshape(-1, n, n)
+        return cells.repeat(cell, axis=1).repeat(cell, axis=2)
 
     def paint(
         params: Tree,
@@ -172,9 +178,6 @@ def make(
     return Method(init, loss, encode)
 
 
-stop = lax.stop_gradient
-
-
 def cross_entropy(logits_B: jax.Array, label: float) -> jax.Array:
     """Mean binary cross-entropy with one label, 1 for true ones."""
     labels_B = jnp.full_like(logits_B, label)
@@ -184,11 +187,10 @@ def cross_entropy(logits_B: jax.Array, label: float) -> jax.Array:
 def check_sides(images: jax.Array, mask: str, overlap: int) -> int:
     """The side of square images; a UserError if holes do not fit into them."""
     rows, columns = images.shape[1:3]
-    unit = 4 if mask == 'centre' else CELLS
-    if rows != columns or rows % unit:
+    if rows != columns or rows % 4:
         raise UserError(
-            f'config.inputs: got images of {rows} × {columns}; context_encoder with mask={mask!r} '
-            f'needs square ones whose side is a multiple of {unit}.'
+            f'config.inputs: got images of {rows} × {columns}; context_encoder needs square ones '
+            'whose side is a multiple of 4.'
         )
     if mask == 'centre' and overlap >= rows // 4:
         raise UserError(
