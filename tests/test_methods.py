@@ -35,7 +35,7 @@ MODELS = {
 NEEDS_TOKENS = {'dinov2', 'mae'}
 # Of the four patches two are hidden, and the decoder leaves most of the work to the encoder.
 SMALLER = {'mae': {'width': 16, 'depth': 1, 'mask_ratio': 0.5}}
-LEARNS_AT = {'mae': 1.0}  # the rate of SGD, but 0.1
+LEARNS_AT = {'mae': 1.0, 'context_encoder': 1.0}  # the rate of SGD, but 0.1
 # Heads have BatchNorm in every case; the encoder too where a target's or a query's statistics are
 # kept in different ways.
 CASES = [(n, 'vit') for n in NAMES] + [(n, 'resnet') for n in ('simclr', 'moco', 'byol')]

@@ -122,10 +122,11 @@ def places(named: dict[str, jax.Array]) -> jax.Array:
     Raises:
         UserError: it has none.
     """
-    if 'map' in named:
-        return rearrange(named['map'], 'B h w D -> B (h w) D')
-    if 'patches' in named:
-        return named['patches']
+    cells, patches = named.get('map'), named.get('patches')
+    if cells is not None:
+        return rearrange(cells, 'B h w D -> B (h w) D')
+    if patches is not None:
+        return patches
     raise UserError(
         "config.model: context_encoder needs one that gives 'map' or 'patches'; the outputs of "
         f'this one are {tuple(named)}.'
