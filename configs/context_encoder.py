@@ -25,6 +25,7 @@ def holes(c: Config, least: float, mask: str, overlap: int, width: int = 64) -> 
 def digits(c: Config) -> None:
     recipes.digits(c, steps=1000)
     holes(c, 0.7, 'blocks', 1, width=32)
+    c.evals.linear.outputs = ('features', 'stage*')
 
 
 def cifar10_small(c: Config) -> None:
