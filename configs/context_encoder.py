@@ -34,7 +34,7 @@ def cifar10_small(c: Config) -> None:
 
 
 def flickr8k(c: Config) -> None:
-    """Flickr8k's photographs at 64 pixels, in 20 minutes of two CPU cores."""
+    """Flickr8k's photographs at 64 pixels, on two CPU cores."""
     cifar10_small(c)
     config_lib.dataset(c, 'captions')
     c.total_steps, c.inputs.size = 3000, 64
