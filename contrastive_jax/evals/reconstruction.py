@@ -84,7 +84,7 @@ def make(count: int = 8, records: int = 256, biharmonic: int = 256) -> Evaluate:
 def measures(
     name: str, title: str, x: np.ndarray, y: np.ndarray, where: np.ndarray
 ) -> Iterator[tuple[str, Measure]]:
-    """How far y is from x where pixels are hidden, as numbers of an evaluator.
+    """Distances of y from x where pixels are hidden, as numbers of an evaluator.
 
     Args:
         name, title: the numbers' names begin with these.

@@ -83,7 +83,7 @@ def make(
     judge = Critic(width)
 
     def window(x_BHW: jax.Array) -> jax.Array:
-        """What is painted, of images or masks: the centre, or all of it."""
+        """The part of images or masks that is painted: the centre, or all of it."""
         quarter = x_BHW.shape[1] // 4 if mask == 'centre' else 0
         return x_BHW[:, quarter : x_BHW.shape[1] - quarter, quarter : x_BHW.shape[2] - quarter]
 
