@@ -1,4 +1,4 @@
-"""How well a pretext task is solved against how well its features can be probed, as a run goes on.
+"""Accuracy in a pretext task against a linear probe's on its features, as a run goes on.
 
     python benchmarks/pretext.py OUT            # the embedded digits, some minutes of 2 CPU cores
     python benchmarks/pretext.py OUT --only=rotation --more='--config.seed=1'

@@ -1,6 +1,6 @@
 """DINOv2. Presets: the usual ones and `:large` (docs/presets.md).
 
-    python -m contrastive_jax.main --config=configs/dinov2.py --workdir=runs/dinov2
+python -m contrastive_jax.main --config=configs/dinov2.py --workdir=runs/dinov2
 """
 
 from contrastive_jax import config as config_lib

@@ -29,7 +29,7 @@ def digits(c: Config) -> None:
 
 
 def cifar10_small(c: Config) -> None:
-    recipes.cifar10_small_vit(c, steps=2500)
+    recipes.cifar10_small_vit(c, steps=2100)
     c.model.update({'width': 96, 'patch': 4, 'cls_token': True, 'start': 'mae'})
     c.inputs.views, c.inputs.augment = 1, {}
     c.method = SMALL

@@ -115,9 +115,9 @@ def test_keys_that_are_named_can_be_set():
 
 def test_presets_are_listed_where_the_configs_say():
     """docs/presets.md has every preset of every config, and no other."""
-    usual, texts, evaluators = re.split(r'^## ', TEXT['docs/presets.md'], flags=re.MULTILINE)[1:]
+    *sections, evaluators = re.split(r'^## ', TEXT['docs/presets.md'], flags=re.MULTILINE)[1:]
     listed = {}
-    for section in (usual, texts, evaluators):
+    for section in sections:
         shared = re.findall(r'^\| `:(\w+)`', section, re.MULTILINE)
         for name, own in re.findall(r'^\| \[`(\w+)\.py`\]\S+ \|(.*)\|$', section, re.MULTILINE):
             listed[name] = {*shared, *re.findall(r'`:(\w+)`', own)}
