@@ -162,6 +162,25 @@ def up(kernel, x):
     return y[:, 1:-1, 1:-1]
 
 
+def ijepa_predictor(p, seen, context, block, rows, columns, heads):
+    """ijepa/src/models/vision_transformer.py, of one image and one block; both are places."""
+    x = dense(p['embedding'], seen)
+    at = sincos(rows, columns, x.shape[1])
+    x = jnp.concatenate([x + at[context], p['mask_token'][0] + at[block]])
+    return dense(p['out'], blocks(p, x, heads))[len(context) :]
+
+
+def normalised(h):
+    """ijepa/src/train.py: F.layer_norm of each patch, torch's epsilon."""
+    return (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 1e-5)
+
+
+def smooth_l1(a, b):
+    """torch's."""
+    d = jnp.abs(a - b)
+    return jnp.where(d < 1, d**2 / 2, d - 0.5)
+
+
 def cross_entropy(logits, label):
     """torch's: the mean over rows of −log softmax at the label."""
     return -(jax.nn.log_softmax(logits)[jnp.arange(len(logits)), label]).mean()

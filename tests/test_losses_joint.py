@@ -80,6 +80,29 @@ def vicreg_oracle(a, b):
     return 25 * parts['invariance'] + 25 * parts['variance'] + parts['covariance']
 
 
+def sigreg_oracle(x, directions):
+    """Algorithm 1 of LeJEPA: direction by direction, knot by knot, in complex numbers."""
+    total, knots = 0.0, np.linspace(-5, 5, 17)
+    for a in unit(directions):
+        error = []
+        for t in knots:
+            empirical = sum(np.exp(1j * t * (a @ row)) for row in x) / len(x)
+            error.append(abs(empirical - np.exp(-(t**2) / 2)) ** 2 * np.exp(-(t**2) / 2))
+        total += len(x) * np.trapezoid(error, knots)
+    return total / len(directions)
+
+
+def lejepa_oracle(z, directions):
+    """Algorithm 2, λ = 0.05; two of the views are global."""
+    B, V, D = z.shape
+    prediction = 0.0
+    for i in range(B):
+        centre = (z[i, 0] + z[i, 1]) / 2
+        prediction += sum(((z[i, v] - centre) ** 2).sum() for v in range(V)) / (B * V * D)
+    spread = sum(sigreg_oracle(z[:, v], directions) for v in range(V)) / V
+    return 0.95 * prediction + 0.05 * spread
+
+
 def koleo_oracle(x):
     u = unit(x)
     total = 0.0
@@ -149,6 +172,19 @@ CASES = {
     ),
     'barlow_twins': (two_views, barlow_oracle, lambda a, b, **_: losses.barlow_twins(a, b)),
     'vicreg': (two_views, vicreg_oracle, lambda a, b, **_: losses.vicreg(a, b)[0]),
+    'sigreg': (
+        lambda rng, B, D: (two_views(rng, B, D)[0], rng.normal(size=(3, D)).astype(np.float32)),
+        sigreg_oracle,
+        lambda x, a, **_: losses.sigreg(x, a),
+    ),
+    'lejepa': (
+        lambda rng, B, D: (
+            np.stack([*two_views(rng, B, D), *two_views(rng, B, D)[:1]], 1),
+            rng.normal(size=(2, D)).astype(np.float32),
+        ),
+        lejepa_oracle,
+        lambda z, a, **_: losses.lejepa(z, a, global_views=2)[0],
+    ),
     'koleo': (lambda rng, B, D: two_views(rng, B, D)[:1], koleo_oracle, losses.koleo),
     'cosine_distance': (
         two_views,
@@ -322,7 +358,7 @@ def test_no_buffer_of_batch_by_batch(loss):
 # --- all -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', ['proto_nce', 'barlow_twins', 'vicreg', 'koleo'])
+@pytest.mark.parametrize('name', ['proto_nce', 'barlow_twins', 'vicreg', 'koleo', 'sigreg'])
 def test_bfloat16_loses_only_its_own_rounding(name):
     draw, oracle, ours = CASES[name]
     inputs = draw(np.random.default_rng(9), 24, 8)
@@ -352,6 +388,11 @@ def test_bfloat16_loses_only_its_own_rounding(name):
         (lambda x: losses.barlow_twins(x, x[:3]), 'row-aligned'),
         (lambda x: losses.barlow_twins(x[:1], x[:1]), 'at least 2'),
         (lambda x: losses.vicreg(x, x, eps=0), 'eps'),
+        (lambda x: losses.sigreg(x, x[:, :1]), r'directions \[M, 2\]'),
+        (lambda x: losses.sigreg(x, x, knots=16), 'odd'),
+        (lambda x: losses.sigreg(x, x, limit=0), 'limit'),
+        (lambda x: losses.lejepa(x, x, global_views=1), r'\[B, V, D\]'),
+        (lambda x: losses.lejepa(x[None], x, global_views=5), '5 global views'),
         (lambda x: losses.koleo(x[:1]), 'at least 2'),
         (lambda x: losses.koleo(x[0]), r'\[B, D\]'),
         (lambda x: losses.output_std(x[0]), r'\[B, D\]'),

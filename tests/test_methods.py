@@ -32,10 +32,14 @@ MODELS = {
         'zero_init_last': False,  # so that no gradient is zero in the first step
     },
 }
-NEEDS_TOKENS = {'dinov2', 'mae'}
-# Of the four patches two are hidden, and the decoder leaves most of the work to the encoder.
-SMALLER = {'mae': {'width': 16, 'depth': 1, 'mask_ratio': 0.5}}
-LEARNS_AT = {'mae': 1.0, 'context_encoder': 1.0}  # the rate of SGD, but 0.1
+NEEDS_TOKENS = {'dinov2', 'mae', 'ijepa'}
+# Of the four patches two are hidden, and what is behind leaves most of the work to the encoder.
+SMALLER = {
+    'mae': {'width': 16, 'depth': 1, 'mask_ratio': 0.5},
+    'ijepa': {'width': 16, 'depth': 1, 'blocks': 2, 'momentum': 0.9},
+}
+WITH = {'ijepa': {'pool': 'mean'}}  # of the ViT
+LEARNS_AT = {'mae': 1.0, 'context_encoder': 1.0, 'ijepa': 1.0}  # the rate of SGD, but 0.1
 # Heads have BatchNorm in every case; the encoder too where a target's or a query's statistics are
 # kept in different ways.
 CASES = [(n, 'vit') for n in NAMES] + [(n, 'resnet') for n in ('simclr', 'moco', 'byol')]
@@ -52,7 +56,8 @@ def small(name):
 @functools.cache
 def make(name, model='vit', **options):
     config = small(name)
-    model = build('models', MODELS[model], 'test')
+    more = WITH.get(name, {}) if model == 'vit' else {}
+    model = build('models', {**MODELS[model], **more}, 'test')
     if config.text:
         spec = {'name': 'transformer', 'width': 16, 'depth': 1, 'heads': 2}
         options['text'] = build('models', spec, 'test', vocabulary=9, length=6)

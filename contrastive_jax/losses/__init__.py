@@ -12,7 +12,14 @@ from contrastive_jax.losses.distillation import (
     teacher,
 )
 from contrastive_jax.losses.metric import max_margin, n_pair, triplet
-from contrastive_jax.losses.redundancy import barlow_twins, koleo, output_std, vicreg
+from contrastive_jax.losses.redundancy import (
+    barlow_twins,
+    koleo,
+    lejepa,
+    output_std,
+    sigreg,
+    vicreg,
+)
 from contrastive_jax.losses.scores import unit
 
 __all__ = [
@@ -23,6 +30,7 @@ __all__ = [
     'equal_rows',
     'info_nce',
     'koleo',
+    'lejepa',
     'masked',
     'max_margin',
     'n_pair',
@@ -30,6 +38,7 @@ __all__ = [
     'output_std',
     'proto_nce',
     'siglip',
+    'sigreg',
     'sinkhorn',
     'sup_con',
     'swapped',

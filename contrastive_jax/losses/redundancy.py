@@ -3,11 +3,12 @@
 Statistics are those of the global batch: under `jit` plain sums over rows reach all devices.
 Embeddings come in unnormalised, in any floating dtype; everything is computed in float32.
 
-B: images, D: embedding dimensions.
+B: images, D: embedding dimensions, V: views, M: directions, T: knots.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from contrastive_jax import similarity
@@ -148,6 +149,105 @@ def koleo(
     apart_B = square_B > 0
     distance_B = jnp.where(apart_B, jnp.sqrt(jnp.where(apart_B, square_B, 1.0)), 0.0)
     return -jnp.mean(jnp.log(distance_B + eps))
+
+
+def sigreg(
+    x_BD: jax.Array, directions_MD: jax.Array, *, limit: float = 5.0, knots: int = 17
+) -> jax.Array:
+    """Sketched isotropic Gaussian regularisation (LeJEPA, Balestriero & LeCun 2025, Algorithm 1).
+
+    How far rows are from N(0, I): the Epps-Pulley statistic of their projections on each of M
+    directions, `B ∫ |φ(t) − exp(−t²/2)|² exp(−t²/2) dt` with φ(t) = 1/B Σ_i exp(i t a·x_i), the
+    mean over directions. The integral, over [−limit, limit], is by the trapezoidal rule. Its
+    integrand is even, so that half of the knots are computed.
+
+    Args:
+        x_BD: embeddings of one view of B images, unnormalised.
+        directions_MD: at any length above 0; LeJEPA draws new ones from N(0, I) in each step.
+        limit: > 0.
+        knots: T, odd, at least 3. The authors' package counts those from 0 on: its 17 are 33 here.
+
+    Returns:
+        float32 scalar, at least 0. Of rows from N(0, I) its expectation does not depend on B, of
+        others it grows with B.
+
+    Raises:
+        ValueError: shapes that do not fit together, a limit that is not above 0, knots that are
+            even or below 3.
+
+    >>> x = jnp.array([[1.0, 0.0], [-1.0, 0.0]])  # flat
+    >>> f'{sigreg(x, jnp.eye(2)[:1]):.4f}', f'{sigreg(x, jnp.eye(2)[1:]):.4f}'
+    ('0.2187', '0.8178')
+    """
+    _check_rows('sigreg', x_BD, 1)
+    if directions_MD.ndim != 2 or directions_MD.shape[1] != x_BD.shape[1]:
+        raise ValueError(
+            f'sigreg: expected directions [M, {x_BD.shape[1]}], got {directions_MD.shape}'
+        )
+    check_positive('sigreg', 'limit', limit)
+    if knots < 3 or knots % 2 == 0:
+        raise ValueError(f'sigreg: knots must be odd and at least 3, got {knots}')
+    t_T = np.linspace(0, limit, knots // 2 + 1, dtype=np.float32)
+    normal_T = np.exp(-(t_T**2) / 2)
+    weights_T = 2 * t_T[1] * normal_T  # of the knots at t and −t together
+    weights_T[[0, -1]] /= 2  # 0 is one knot, and the last ones are the ends
+    projections_BM = jnp.einsum(
+        'bd,md->bm', x_BD.astype(jnp.float32), unit(directions_MD), precision=lax.Precision.HIGHEST
+    )
+    angles_TBM = t_T[:, None, None] * projections_BM[None]
+    even_TM, odd_TM = jnp.cos(angles_TBM).mean(1), jnp.sin(angles_TBM).mean(1)
+    error_TM = (even_TM - normal_T[:, None]) ** 2 + odd_TM**2
+    return x_BD.shape[0] * jnp.mean(jnp.sum(weights_T[:, None] * error_TM, axis=0))
+
+
+def lejepa(
+    z_BVD: jax.Array,
+    directions_MD: jax.Array,
+    *,
+    global_views: int,
+    weight: float = 0.05,
+    limit: float = 5.0,
+    knots: int = 17,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """LeJEPA (Balestriero & LeCun 2025, arXiv:2511.08544, Algorithm 2): `(1 − λ)·p + λ·s`.
+
+    p, prediction: the mean over images, views and dimensions of (z − μ)², with μ an image's mean
+    over its global views.
+    s, sigreg: that of each view, the mean over views.
+
+    Args:
+        z_BVD: embeddings of V views, the global ones first.
+        directions_MD, limit, knots: see `sigreg`.
+        global_views: from 1 to V.
+        weight: λ, from 0 to 1.
+
+    Returns:
+        float32 scalar, at least 0, and {'prediction': p, 'sigreg': s}, before the weights.
+        Gradients reach all views on both sides.
+
+    Raises:
+        ValueError: what is not [B, V, D] with so many views; see `sigreg`.
+
+    >>> z = jnp.array([[[1.0], [-1.0]]])  # one image, two views that disagree
+    >>> _, parts = lejepa(z, jnp.ones((1, 1)), global_views=2)
+    >>> {name: f'{value:.4f}' for name, value in parts.items()}
+    {'prediction': '1.0000', 'sigreg': '1.1931'}
+    """
+    if z_BVD.ndim != 3 or not 1 <= global_views <= z_BVD.shape[1]:
+        raise ValueError(
+            f'lejepa: expected embeddings [B, V, D] with {global_views} global views of V, got '
+            f'{z_BVD.shape}'
+        )
+    z_BVD = z_BVD.astype(jnp.float32)
+    centre_B1D = z_BVD[:, :global_views].mean(axis=1, keepdims=True)
+    prediction = jnp.mean((z_BVD - centre_B1D) ** 2)
+    # One view after another: all of their angles at once would be V times as large.
+    terms = [
+        sigreg(z_BVD[:, v], directions_MD, limit=limit, knots=knots) for v in range(z_BVD.shape[1])
+    ]
+    gaussian = jnp.mean(jnp.stack(terms))
+    loss = (1 - weight) * prediction + weight * gaussian
+    return loss, {'prediction': prediction, 'sigreg': gaussian}
 
 
 def output_std(x_BD: jax.Array) -> jax.Array:

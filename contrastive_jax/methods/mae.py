@@ -19,7 +19,7 @@ from contrastive_jax.layers.blocks import ACTIVATIONS
 from contrastive_jax.layers.decoder import Decoder
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.models.vit import DTYPES
-from contrastive_jax.networks.chain import Chain, count_patches, seen
+from contrastive_jax.networks.chain import Chain, patch_grid, seen
 
 EPSILON = 1e-6  # beside the variance of a patch
 
@@ -64,9 +64,7 @@ def make(
 
     def grid(images: jax.Array) -> tuple[int, int]:
         """Rows and columns of patches."""
-        N = count_patches('mae', model, images[:1], ('patches',))
-        side = round(math.sqrt(images.shape[1] * images.shape[2] / N))
-        return images.shape[1] // side, images.shape[2] // side
+        return patch_grid('mae', model, images)
 
     def decode(images: jax.Array) -> Decoder:
         rows, columns = grid(images)

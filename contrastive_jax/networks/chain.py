@@ -3,6 +3,7 @@
 Dimension key: B batch, V views, H W image, D outputs.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -189,6 +190,14 @@ def count_patches(
     return named['patches'].shape[1]
 
 
+def patch_grid(method: str, encoder: models.Encoder, images_BHWC: jax.Array) -> tuple[int, int]:
+    """Rows and columns of an encoder's square patches; see `count_patches`."""
+    N = count_patches(method, encoder, images_BHWC[:1], ('patches',))
+    height, wide = images_BHWC.shape[1:3]
+    side = round(math.sqrt(height * wide / N))
+    return height // side, wide // side
+
+
 def join_crops(
     method: str,
     network: Chain,
@@ -196,15 +205,17 @@ def join_crops(
     stats: Tree,
     batch: Batch,
     key: jax.Array,
+    count: int | None = 2,
     **inputs: Any,
 ) -> tuple[dict[str, Any], Tree]:
-    """A network's outputs of the two global views and, behind them, of the local ones.
+    """A network's outputs of the global views and, behind them, of the local ones.
 
     Args:
         method: the name for errors.
         network, params, stats: see `Chain`.
         batch: 'views' and maybe 'local_views'.
         key: for what the encoder draws.
+        count: of the global views that the method needs; None: any.
         **inputs: the encoder's, with the global views alone.
 
     Returns:
@@ -212,7 +223,8 @@ def join_crops(
         encoder's BatchNorm sees each size of crop by itself, that of the heads all crops together,
         as in the code of SwAV and DINO.
     """
-    check_views(method, batch['views'], 2)
+    if count is not None:
+        check_views(method, batch['views'], count)
     keys = jax.random.split(key)
     encoder = {'encoder': params['encoder']}
     out, new = network.views(encoder, stats, batch['views'], key=keys[0], **inputs)
