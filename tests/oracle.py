@@ -45,6 +45,18 @@ class Eye(nn.Module):
         return cls, {'cls': cls, 'patches': jnp.tanh(patches)}
 
 
+class Pixels(nn.Module):
+    """tanh(x W + b) of each pixel that is kept, at its place, and of their mean."""
+
+    @nn.compact
+    def __call__(self, x, train=False, keep=None):
+        x = x.reshape(len(x), 8, 3) + jnp.arange(8.0)[None, :, None] / 8
+        x = x if keep is None else jnp.take_along_axis(x, keep[:, :, None], 1)
+        patches = jnp.tanh(nn.Dense(6, name='linear')(x))
+        cls = patches.mean(1)
+        return cls, {'cls': cls, 'patches': patches}
+
+
 # Layers.
 
 
@@ -408,3 +420,10 @@ def check(oracle, run, keys=(), tolerance=1e-4, part=lambda name, x: x):
         error = np.linalg.norm(np.asarray(new[name], np.float64) - aim)
         apart[name] = max(error - rounding, 0) / moved
     assert max(apart.values()) < tolerance, apart
+
+
+def without_keys(name, x):
+    """For `check`: a bias of a transformer's keys shifts all scores of a query alike, which softmax
+    takes away."""
+    third = len(x) // 3
+    return np.delete(x, np.s_[third : 2 * third]) if name.endswith('qkv/bias') else x

@@ -7,7 +7,8 @@ import oracle as o
 import pytest
 from oracle import FROZEN, TOTAL, WARM, B, Oracle
 
-from contrastive_jax.methods import dinov2
+from contrastive_jax.augment import masking
+from contrastive_jax.methods import dinov2, ijepa
 
 SMALL = {'hidden': 12, 'projection': 5}
 
@@ -306,3 +307,36 @@ def test_swav():
     oracle = oracle._replace(begins=thaws)
     options = {**SMALL, 'prototypes': 6, 'queue': B, 'queue_from': 0.0}
     o.check(oracle, o.ours(o.preset('swav', 'imagenet_256'), options, local=True))
+
+
+def test_ijepa(monkeypatch):
+    """facebookresearch/ijepa, src/train.py and in1k_vith14_ep300.yaml; momentum rises linearly.
+
+    There the schedules of rate and decay are one step ahead.
+    """
+    context = np.array([[i % 8, (i + 5) % 8] for i in range(B)])
+    targets = np.array([[[(i + 1) % 8, (i + 2) % 8], [(i + 6) % 8, (i + 2) % 8]] for i in range(B)])
+    masks = masking.Blocks(*map(jnp.asarray, (np.int32(context), np.int32(targets), [True, True])))
+    monkeypatch.setattr(ijepa, 'multi_block', lambda *args, **options: masks)
+
+    def encode(p, image):
+        return jnp.tanh(o.dense(p['linear'], image.reshape(8, 3) + np.arange(8)[:, None] / 8))
+
+    def loss(p, memory, batch, t):
+        terms = []
+        for image, seen, blocks in zip(batch['views'][:, 0], context, targets, strict=True):
+            wanted = o.normalised(encode(memory['target']['params']['encoder'], image))
+            patches = encode(p['encoder'], image)[seen]
+            for block in blocks:
+                drawn = o.ijepa_predictor(p['predictor'], patches, seen, block, 2, 4, 2)
+                terms.append(o.smooth_l1(drawn, wanted[block]).mean())
+        return jnp.stack(terms).mean(), None
+
+    def after(p, memory, measured, t):
+        return {**memory, **followed(memory, p, 0.996 + 0.004 * t / TOTAL)}
+
+    rate = o.for_all(o.rates(1e-3, WARM, first=2e-4, last=1e-6))
+    oracle = Oracle(loss, o.adamw(rate, falling(0.04, 0.4)), after)
+    small = {'width': 8, 'depth': 2, 'heads': 2, 'dtype': 'float32'}
+    run = o.ours(o.preset('ijepa', 'imagenet'), small, views=1, model=o.Pixels())
+    o.check(oracle, run, ('target',), part=o.without_keys)

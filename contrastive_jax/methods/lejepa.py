@@ -47,7 +47,8 @@ def make(
     check_range('config.method', {'limit': limit}, above=0, who='lejepa')
     if knots % 2 == 0:
         raise UserError(f'config.method.knots: got {knots}; lejepa expects an odd number.')
-    heads = {'embedding': MLP(hidden, embedding, layers=1)} if embedding else {}
+    # No bias, which the projector's first BatchNorm would take away.
+    heads = {'embedding': MLP(hidden, embedding, layers=1, last_bias=False)} if embedding else {}
     network = Chain(model, **heads, projector=MLP(hidden, projection, layers=3))
 
     def loss(
