@@ -5,6 +5,8 @@ the whole batch are spread as N(0, I), in directions that are drawn anew in each
 no stop-gradient, no predictor.
 """
 
+from typing import Any
+
 import jax
 
 from contrastive_jax import losses, models
@@ -48,8 +50,9 @@ def make(
     if knots % 2 == 0:
         raise UserError(f'config.method.knots: got {knots}; lejepa expects an odd number.')
     # No bias, which the projector's first BatchNorm would take away.
-    heads = {'embedding': MLP(hidden, embedding, layers=1, last_bias=False)} if embedding else {}
-    network = Chain(model, **heads, projector=MLP(hidden, projection, layers=3))
+    first = {'embedding': MLP(hidden, embedding, layers=1, last_bias=False)} if embedding else {}
+    heads: dict[str, Any] = {**first, 'projector': MLP(hidden, projection, layers=3)}
+    network = Chain(model, **heads)
 
     def loss(
         params: Tree, extra: Tree, batch: Batch, key: jax.Array, progress: jax.Array
