@@ -85,7 +85,7 @@ def class_weights(
 
 
 def _smoothing(centres_Q2: np.ndarray, sigma: float) -> np.ndarray:
-    """What of each bin (column) goes to each (row): columns sum to 1."""
+    """Shares of each bin (column) that go to each (row): columns sum to 1."""
     square = ((centres_Q2[:, None] - centres_Q2[None]) ** 2).sum(-1)
     weight = np.exp(-np.float64(square) / (2 * sigma**2))
     return np.float32(weight / weight.sum(0))
