@@ -265,8 +265,8 @@ def caffe_colours(c: Config) -> None:
     imagenet(c, epochs=0.0, batch=40)
     c.total_steps = 500_000
     c.inputs.size, c.inputs.crop_fraction = 176, 176 / 256
-    c.inputs.crop = {'scale': (0.4, 0.55), 'ratio': (1.0, 1.0), 'interpolation': 'bilinear'}
-    c.inputs.crop.flip = 0.5
+    square = {'scale': (0.4, 0.55), 'ratio': (1.0, 1.0)}
+    c.inputs.crop = {**square, 'interpolation': 'bilinear', 'flip': 0.5}
     adam = {'name': 'adamw', 'learning_rate': 3e-5 * 256 / 40, 'b2': 0.99, 'weight_decay': 1e-3}
     c.optim = {**adam, 'milestones': (0.45, 0.9), 'milestone_factor': 0.1}
 

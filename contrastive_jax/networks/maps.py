@@ -145,7 +145,7 @@ def check_sees(
     plain: Any = encoder
     while isinstance(plain, models.Microbatched | models.Pretrained):
         plain = plain.module
-    sees = getattr(plain, 'sees', None)
+    sees: tuple[str, ...] = getattr(plain, 'sees', ())
     if sees not in allowed:
         got = f'sees={sees}' if sees else f'a {type(plain).__name__}'
         raise UserError(
