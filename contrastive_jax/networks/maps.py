@@ -116,14 +116,15 @@ def feature_map(who: str, named: dict[str, jax.Array], images_BHWC: jax.Array) -
     """
     if 'map' in named:
         return named['map']
-    if 'patches' not in named:
+    patches_BND = named.get('patches')
+    if patches_BND is None:
         raise UserError(
             f"config.model: {who} needs an encoder that gives 'map' or 'patches'; this one's "
             f'outputs are {tuple(named)}.'
         )
-    B, N, D = named['patches'].shape
+    B, N, D = patches_BND.shape
     side = round(math.sqrt(images_BHWC.shape[1] * images_BHWC.shape[2] / N))
-    return named['patches'].reshape(B, -1, images_BHWC.shape[2] // side, D)
+    return patches_BND.reshape(B, -1, images_BHWC.shape[2] // side, D)
 
 
 def middles(x_BHWC: jax.Array, map_BhwK: jax.Array) -> jax.Array:
