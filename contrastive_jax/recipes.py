@@ -230,6 +230,55 @@ def tiles(
         c.evals.linear.outputs = ('features', 'stage*')
 
 
+def photographs(c: Config, steps: int) -> None:
+    """Embedded digits on photographs, in colour, on 2 CPU cores, in about 3 minutes."""
+    digits(c, steps)
+    c.data.source, c.inputs.size = 'digits:photographs', 32
+    c.inputs.crop.scale = (0.7, 1.0)
+    c.model = CIFAR_RESNET
+
+
+def photographs_64(c: Config, steps: int) -> None:
+    """Flickr8k's photographs at 64 pixels, without their captions, on 2 CPU cores."""
+    cifar10_small(c, steps)
+    config_lib.dataset(c, 'captions')
+    c.inputs.size, c.inputs.view_size, c.inputs.crop.scale = 64, 64, (0.5, 1.0)
+    c.model = FLICKR8K_RESNET
+    c.evals = {'collapse': {}}  # there are no classes
+
+
+def lab(c: Config, sees: tuple[str, ...]) -> None:
+    """One view an image in Lab, no colours changed; an encoder for each of what parts see."""
+    kept = {k: c.inputs[k] for k in ('size', 'view_size', 'crop', 'crop_fraction')}
+    c.inputs = {'name': 'lab', **kept, 'views': 1, 'augment': {}}
+    c.model = {'name': 'lab', 'sees': sees, 'encoder': c.model}
+
+
+def caffe_colours(c: Config) -> None:
+    """Colorization as the authors train it (richzhang/colorization 4aa459f, train/).
+
+    Authors: a VGG-like network without pooling, which ends in a map of places of 8 pixels and one
+    transposed convolution; here: a ResNet-50, whose map the head doubles three times. Authors:
+    weight decay is added to Adam's gradient; here: AdamW's. Authors: crops of 176 pixels of images
+    of 256; here: square crops of about that share.
+    """
+    imagenet(c, epochs=0.0, batch=40)
+    c.total_steps = 500_000
+    c.inputs.size, c.inputs.crop_fraction = 176, 176 / 256
+    square = {'scale': (0.4, 0.55), 'ratio': (1.0, 1.0)}
+    c.inputs.crop = {**square, 'interpolation': 'bilinear', 'flip': 0.5}
+    adam = {'name': 'adamw', 'learning_rate': 3e-5 * 256 / 40, 'b2': 0.99, 'weight_decay': 1e-3}
+    c.optim = {**adam, 'milestones': (0.45, 0.9), 'milestone_factor': 0.1}
+
+
+def own_colours(c: Config) -> None:
+    """The same on one's own images for 100 epochs, at a batch that one GPU holds."""
+    folder(c)
+    c.total_steps, c.total_epochs = 0, 100.0
+    c.inputs.crop = {'scale': (0.2, 1.0), 'interpolation': 'bicubic', 'flip': 0.5}
+    c.optim.learning_rate = 3e-4
+
+
 def simclr_views(c: Config) -> None:
     """SimCLR's jitter for ImageNet, greyscale and blur."""
     c.inputs.augment = {

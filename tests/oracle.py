@@ -193,6 +193,36 @@ def smooth_l1(a, b):
     return jnp.where(d < 1, d**2 / 2, d - 0.5)
 
 
+def conv3(p, x):
+    """A convolution 3 x 3 with zeros around the maps [B, h, w, D]."""
+    h, w = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return sum(x[:, i : i + h, j : j + w] @ p['kernel'][i, j] for i, j in np.ndindex(3, 3))
+
+
+def places(p, x):
+    """One hidden layer and a linear one at every place of maps."""
+    x = conv3(p['conv0'], x)
+    rows = batch_norm(p['norm0'], x.reshape(-1, x.shape[-1]))
+    return dense(p['out'], jax.nn.relu(rows)).reshape(*x.shape[:3], -1)
+
+
+def soft_encoding(ab, centres, count):
+    """Zhang et al. 2016, section 2.2: Gaussian weights, σ 5, of the nearest centres."""
+    square = ((np.float64(ab)[..., None, :] - centres) ** 2).sum(-1)
+    far = square > np.sort(square, -1)[..., count - 1 : count]
+    weight = np.where(far, 0, np.exp(-(square - square.min(-1, keepdims=True)) / 50))
+    return weight / weight.sum(-1, keepdims=True)
+
+
+def class_weights(prior, centres, uniform=0.5):
+    """The same, eq. 4; what a bin's Gaussian, σ 5, would give to no bin stays with the others."""
+    spread = np.exp(-((centres[:, None] - centres) ** 2).sum(-1) / 50)
+    smooth = (spread / spread.sum(0)) @ np.float64(prior)
+    weight = 1 / ((1 - uniform) * smooth + uniform / len(centres))
+    return weight / (smooth * weight).sum()
+
+
 def cross_entropy(logits, label):
     """torch's: the mean over rows of −log softmax at the label."""
     return -(jax.nn.log_softmax(logits)[jnp.arange(len(logits)), label]).mean()
@@ -333,7 +363,7 @@ def batches(seed=0):
         }
 
 
-def ours(c, options, views=2, local=False, text=False, model=None, extra=None, cut=None):
+def ours(c, options, views=2, local=False, text=False, model=None, extra=None, cut=None, also=None):
     """States before and after STEPS steps of the package, and the batches.
 
     Args:
@@ -342,6 +372,7 @@ def ours(c, options, views=2, local=False, text=False, model=None, extra=None, c
         model: its encoder.
         extra: `extra -> extra` at the start.
         cut: `views -> views` of a batch.
+        also: `batch -> arrays` that it is given, too.
     """
     options = {**c.method.to_dict(), **options, **({'text': Eye(5)} if text else {})}
     method = config.build('methods', options, 'test', model or Eye())
@@ -349,6 +380,8 @@ def ours(c, options, views=2, local=False, text=False, model=None, extra=None, c
     given = [{**b, 'views': b['views'][:, :views]} for b in batches()]
     if cut:
         given = [{**b, 'views': cut(b['views'])} for b in given]
+    if also:
+        given = [{**b, **also(b)} for b in given]
     if not local:
         given = [{k: v for k, v in b.items() if k != 'local_views'} for b in given]
     before = jax.jit(state.make_init(method, tx, seed=3, records=20))(given[0])

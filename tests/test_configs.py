@@ -66,8 +66,8 @@ def test_preset_builds_and_steps_abstractly(path, name, monkeypatch):
     assert config.is_locked
     build('models', config.model, 'config.model')
     with config.unlocked():  # one block a stage, because tracing the real ones takes minutes
-        shallow = SHALLOW[config.model.name]
-        config.model.update(shallow(len(config.model.get('blocks', (1, 1, 1, 1)))))
+        model = config.model.get('encoder', config.model)
+        model.update(SHALLOW[model.name](len(model.get('blocks', (1, 1, 1, 1)))))
         if config.text:
             build('models', config.text, 'config.text', vocabulary=9, length=9)
             config.text.depth = 1
@@ -122,5 +122,6 @@ def test_clip_of_flickr8k_can_start_from_simclr_of_its_pictures():
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
 def test_default_preset_is_the_embedded_data(path):
-    assert load(path).get_config().data.source in ('digits', 'digits:grids')
+    source = load(path).get_config().data.source
+    assert source in ('digits', 'digits:grids', 'digits:photographs')
     assert load(path).get_config(None) == load(path).get_config('digits')

@@ -8,7 +8,8 @@ import textwrap
 import numpy as np
 import pytest
 from pictures import encoded, make_folder, photo, write
-from sklearn.datasets import load_digits
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_image
 from subjects import train_images
 
 from contrastive_jax import data
@@ -56,6 +57,41 @@ def test_digits_are_scikit_learns_in_a_fixed_stratified_split():
     assert np.abs(share - 500 / 1797).max() < 0.006
     with pytest.raises(UserError, match="takes nothing after ':', got 'big'"):
         data.open_splits({'source': 'digits:big'})
+
+
+def test_digits_on_photographs_are_two_photographs_blended_by_a_scan():
+    splits = data.open_splits({'source': 'digits:photographs', 'root': ''})
+    assert {k: len(v) for k, v in splits.items()} == {'train': 2000, 'test': 500}
+    scans = data.open_splits({'source': 'digits', 'root': ''})
+    whole = [Image.fromarray(load_sample_image(f'{n}.jpg')).reduce(4) for n in ('china', 'flower')]
+    cut = {'train': slice(0, 120), 'test': slice(120, 160)}
+    for name, split in splits.items():
+        parts = [np.asarray(x)[:, cut[name]] for x in whole]
+        tried = 0
+        for i in range(12):
+            record, scan = split[i], scans[name][i]
+            assert record['label'] == scan['label']
+            assert record['image'].shape == (32, 32, 3)
+            np.testing.assert_array_equal(record['image'], split[i]['image'])
+            grey = Image.fromarray(scan['image'][..., 0])
+            share = np.asarray(grey.resize((32, 32), Image.Resampling.BICUBIC))[..., None] / 255
+            if (share == 1).sum() < 6:
+                continue
+            tried += 1
+
+            def there(part, mask, image=record['image']):
+                """Whether some place of a photograph has all of these pixels."""
+                rows, columns = (n - 31 for n in part.shape[:2])
+                found = np.ones((rows, columns), bool)
+                for r, c in np.argwhere(mask[..., 0]):
+                    found &= (part[r : r + rows, c : c + columns] == image[r, c]).all(-1)
+                return found.any()
+
+            # Where the scan is black there is one photograph, where it is white the other one.
+            found = [(there(part, share == 0), there(part, share == 1)) for part in parts]
+            assert found in ([(True, False), (False, True)], [(False, True), (True, False)])
+        assert tried >= 3
+        assert split.describe(7) == f'{name} digits on photographs[7]'
 
 
 def test_unknown_sources_list_what_exists():

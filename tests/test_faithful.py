@@ -13,7 +13,9 @@ import oracle as o
 import pytest
 from oracle import DROP, WARM, B, Oracle
 
+from contrastive_jax.losses import color
 from contrastive_jax.methods import jigsaw
+from contrastive_jax.models import lab
 
 SMALL = {'hidden': 12, 'projection': 5}
 
@@ -392,3 +394,72 @@ def test_context_encoder():
     small = {'width': 2, 'bottleneck': 5, 'overlap': 1}
     run = o.ours(o.preset('context_encoder', 'imagenet'), small, model=Quarters(), cut=eights)
     o.check(Oracle(loss, o.adamw(rate, lambda t: 0.0, b1=0.5)), run)
+
+
+# Colours.
+
+
+class Places(nn.Module):
+    """tanh(x W + b) of each pixel, and the mean."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = jnp.tanh(nn.Dense(6, name='linear')(x))
+        return x.mean((1, 2)), {'map': x}
+
+
+def of_parts(*sees):
+    return lab.Lab(sees, Places)
+
+
+def in_lab(batch):
+    """Lab's own values of what networks see."""
+    return {'lab': batch['views'] * 50 + np.float32([50, 0, 0])}
+
+
+CENTRES = np.float64(color.bins())
+ADAM = o.adamw(o.for_all(o.rates(3e-5, drops=[(DROP, 3e-6)])), lambda t: 1e-3, b2=0.99)
+
+
+def test_colorization():
+    """richzhang/colorization, train/, but for 5 neighbours; λ as in eq. 4."""
+
+    def loss(p, memory, batch, t):
+        x = batch['views'][:, 0, ..., :1]
+        found = o.places(p['colours'], jnp.tanh(o.dense(p['encoder']['L']['linear'], x)))
+        target = o.soft_encoding(batch['lab'][:, 0, ..., 1:], CENTRES, 5)
+        label = target.argmax(-1)
+        weight = o.class_weights(memory['prior'], CENTRES)[label]
+        error = -(target * jax.nn.log_softmax(found)).sum(-1)
+        return (weight * error).mean(), np.bincount(label.ravel(), minlength=len(CENTRES))
+
+    def after(p, memory, counts, t):
+        return {**memory, 'prior': 0.99 * memory['prior'] + 0.01 * counts / counts.sum()}
+
+    run = o.ours(
+        o.preset('colorization', 'imagenet'),
+        {'width': 8},
+        views=1,
+        model=of_parts('L'),
+        also=in_lab,
+    )
+    o.check(Oracle(loss, ADAM, after), run, keys=('prior',))
+
+
+def test_split_brain():
+    """Zhang et al. 2017, section 3.1: two cross-entropies that share nothing; no weights."""
+
+    def loss(p, memory, batch, t):
+        light, colours = batch['views'][:, 0, ..., :1], batch['views'][:, 0, ..., 1:]
+        true = batch['lab'][:, 0]
+        x = jnp.tanh(o.dense(p['encoder']['L']['linear'], light))
+        log = jax.nn.log_softmax(o.places(p['head_ab'], x))
+        value = -(o.soft_encoding(true[..., 1:], CENTRES, 5) * log).sum(-1).mean()
+        x = jnp.tanh(o.dense(p['encoder']['ab']['linear'], colours))
+        level = np.clip(np.floor(true[..., 0]), 0, 99).astype(int)
+        logits = o.places(p['head_L'], x).reshape(-1, 100)
+        return value + o.cross_entropy(logits, level.ravel()), None
+
+    config = o.preset('split_brain', 'imagenet')
+    run = o.ours(config, {'width': 8}, views=1, model=of_parts('L', 'ab'), also=in_lab)
+    o.check(Oracle(loss, ADAM), run)

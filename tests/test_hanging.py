@@ -12,7 +12,7 @@ from pictures import make_folder
 from test_train import ROOT
 
 from contrastive_jax import parallel
-from contrastive_jax.models.resnet import convolve
+from contrastive_jax.layers.convolution import convolve
 from contrastive_jax.planning import hlo
 from contrastive_jax.similarity import tiles
 

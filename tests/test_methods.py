@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from contrastive_jax import experiment, losses, methods, models, optim, parallel, state
+from contrastive_jax.augment.lab import unscaled
 from contrastive_jax.augment.masking import block_mask
 from contrastive_jax.config import UserError, build
 from contrastive_jax.networks import pair
@@ -56,8 +57,11 @@ def small(name):
 @functools.cache
 def make(name, model='vit', **options):
     config = small(name)
-    more = WITH.get(name, {}) if model == 'vit' else {}
-    model = build('models', {**MODELS[model], **more}, 'test')
+    spec = {**MODELS[model], **(WITH.get(name, {}) if model == 'vit' else {})}
+    if config.model.name == 'lab':  # parts that are 16 wide together
+        sees = config.model.sees
+        spec = {'name': 'lab', 'sees': sees, 'encoder': {**spec, 'width': 16 // len(sees)}}
+    model = build('models', spec, 'test')
     if config.text:
         spec = {'name': 'transformer', 'width': 16, 'depth': 1, 'heads': 2}
         options['text'] = build('models', spec, 'test', vocabulary=9, length=6)
@@ -70,7 +74,9 @@ def batch_of(name, seed=0):
     found, inputs = batch(seed), small(name).inputs
     if 'grid' in inputs:
         return {**found, 'views': tiles(found['label'], inputs.grid**2, seed)}
-    return {**found, 'views': found['views'][:, : inputs.views]}
+    views = found['views'][:, : inputs.views]
+    more = {'lab': np.asarray(unscaled(views))} if inputs.name == 'lab' else {}
+    return {**found, 'views': views, **more}
 
 
 def tiles(label, count, seed):

@@ -112,6 +112,22 @@ def _kernel_gradient(x, d_out, side, stride, padding):
 convolve.defvjp(_forward, _backward)
 
 
+class Conv(nn.Module):
+    """Square convolution without a bias, which the BatchNorm after it would take away."""
+
+    out: int
+    side: int
+    stride: int
+    padding: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        he = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+        kernel = self.param('kernel', he, (self.side, self.side, x.shape[-1], self.out))
+        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
+
+
 # DCGAN's (Radford et al. 2016, arXiv:1511.06434).
 SLOPE = 0.2  # of LeakyReLU below 0
 dcgan_start = nn.initializers.normal(0.02)  # of kernels

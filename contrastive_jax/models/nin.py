@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax.config import UserError, check_range, choose, each
-from contrastive_jax.models.resnet import DTYPES, Conv
+from contrastive_jax.layers.convolution import Conv
+from contrastive_jax.models.resnet import DTYPES
 
 SIDES = 5, 5, 3  # of the first convolution in the first blocks; further ones are as the last
 

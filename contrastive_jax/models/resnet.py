@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from contrastive_jax.config import UserError, check_range, choose
-from contrastive_jax.layers.convolution import convolve
+from contrastive_jax.layers.convolution import Conv
 
 SIZES = {  # He et al. 2016, table 1
     '18': {'widths': (64, 128, 256, 512), 'blocks': (2, 2, 2, 2), 'block': 'basic'},
@@ -29,22 +29,6 @@ STEMS = {  # side, stride, padding, max-pool?
     'patch': (4, 4, 0, False),
 }
 BLOCKS = ('basic', 'bottleneck')
-
-
-class Conv(nn.Module):
-    """Square convolution without a bias, which the BatchNorm after it would take away."""
-
-    out: int
-    side: int
-    stride: int
-    padding: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        he = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-        kernel = self.param('kernel', he, (self.side, self.side, x.shape[-1], self.out))
-        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
 
 
 class Block(nn.Module):

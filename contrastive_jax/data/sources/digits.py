@@ -11,20 +11,31 @@ of test have never been seen. The label is the digit at the top left.
 
 The third kind says a random one of the four corners, only in training: with it a prompt such as
 'a {} at the top left' means something.
+
+'digits:photographs' are images in colour, 32 × 32 pixels, 2,000 for training and 500 for testing:
+a digit cut from one of the two photographs that come with scikit-learn, a palace in China and a
+flower, and laid on the other one, each time on other places of both. Which is the digit's is drawn.
+The photographs are cut, too: test images have places of their right quarters, training images of
+the rest. The label is the digit.
 """
 
 import gzip
 import importlib.util
 import os
+import pathlib
 
 import numpy as np
 from einops import rearrange
+from PIL import Image
 
 from contrastive_jax.config import UserError
 from contrastive_jax.data import Record, Source, Subset, labelled
+from contrastive_jax.data.decode import decode
 
 TEST = 500
 GRIDS = {'train': 8000, 'test': 1000}
+PHOTOGRAPHS = {'train': 2000, 'test': 500}
+SIDE = 32  # of images of digits on photographs, pixels
 NAMES = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']
 CORNERS = ['top left', 'top right', 'bottom left', 'bottom right']
 
@@ -93,12 +104,61 @@ class Grids:
         return f'{self.split} grids[{index}]'
 
 
-def _table() -> np.ndarray:
-    """[1797, 65] float64: 64 pixels and the label."""
-    # The file that load_digits reads: importing sklearn.datasets is slow.
+class OnPhotographs:
+    """Digits of one photograph on another one, put together when they are asked for.
+
+    Args:
+        scans: the digits that they may use, each about as often.
+        photographs: two, [H, W, 3] uint8.
+        split: 'train' or 'test'.
+    """
+
+    def __init__(self, scans: Subset, photographs: list[np.ndarray], split: str):
+        self.scans, self.photographs, self.split = scans, photographs, split
+        self.classes = scans.classes
+
+    def __len__(self) -> int:
+        return PHOTOGRAPHS[self.split]
+
+    def __getitem__(self, index: int) -> Record:
+        rng = np.random.default_rng([list(PHOTOGRAPHS).index(self.split), index])
+        scan = self.scans[index % len(self.scans)]
+        grey = Image.fromarray(scan['image'][..., 0]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        share = np.asarray(grey)[..., None] / 255
+        digit, ground = (self._place(rng, i) for i in rng.permutation(2))
+        image = np.round(share * digit + (1 - share) * ground).astype(np.uint8)
+        return {'image': image, 'label': scan['label']}
+
+    def _place(self, rng: np.random.Generator, which: int) -> np.ndarray:
+        x = self.photographs[which]
+        row, column = (rng.integers(n - SIDE + 1) for n in x.shape[:2])
+        return x[row : row + SIDE, column : column + SIDE]
+
+    def describe(self, index: int) -> str:
+        return f'{self.split} digits on photographs[{index}]'
+
+
+def _photographs(split: str) -> list[np.ndarray]:
+    """The split's part of both, a quarter as wide and as high as they are."""
+    found = []
+    for name in ('china.jpg', 'flower.jpg'):
+        whole = decode(pathlib.Path(_file('images', name)).read_bytes())
+        x = np.asarray(Image.fromarray(whole).reduce(4))
+        cut = x.shape[1] * 3 // 4
+        found.append(x[:, :cut] if split == 'train' else x[:, cut:])
+    return found
+
+
+def _file(*names: str) -> str:
+    """Path of a file among scikit-learn's data sets, whose import is slow."""
     spec = importlib.util.find_spec('sklearn')
     folder = os.path.dirname(spec.origin) if spec and spec.origin else ''
-    path = os.path.join(folder, 'datasets', 'data', 'digits.csv.gz')
+    return os.path.join(folder, 'datasets', *names)
+
+
+def _table() -> np.ndarray:
+    """[1797, 65] float64: 64 pixels and the label."""
+    path = _file('data', 'digits.csv.gz')
     if os.path.isfile(path):
         with gzip.open(path, 'rt') as file:
             return np.loadtxt(file, delimiter=',')
@@ -109,20 +169,20 @@ def _table() -> np.ndarray:
 
 
 def make(argument: str = '', root: str = '', holdout: float = 0.1) -> dict[str, Source]:
-    """A fixed split, stratified by class: 1,297 for training, 500 for testing, or their grids.
+    """A fixed split, stratified by class: 1,297 for training, 500 for testing, or images of them.
 
     Args:
-        argument: '' for the scans, 'grids'.
+        argument: '' for the scans, 'grids', 'photographs'.
         root, holdout: not used: the data are embedded and the split is fixed.
 
     Raises:
         UserError: another argument.
     """
     del root, holdout
-    if argument not in ('', 'grids'):
+    if argument not in ('', 'grids', 'photographs'):
         raise UserError(
             f"config.data.source: 'digits' takes nothing after ':', got {argument!r}; or 'grids', "
-            'four digits an image, with captions.'
+            "four digits an image, with captions, or 'photographs', digits in colour."
         )
     digits = Digits()
     # Every 1797/500-th record of the records sorted by class, in random order within a class.
@@ -136,6 +196,8 @@ def make(argument: str = '', root: str = '', holdout: float = 0.1) -> dict[str, 
     }
     if not argument:
         return dict(splits)
+    if argument == 'photographs':
+        return {name: OnPhotographs(x, _photographs(name), name) for name, x in splits.items()}
     numbers_N = np.random.default_rng(0).permutation(10**4)
     digits_N4 = numbers_N[:, None] // [1000, 100, 10, 1] % 10
     train_N4, test_N4, _ = np.split(digits_N4, [GRIDS['train'], sum(GRIDS.values())])
