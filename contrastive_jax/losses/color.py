@@ -35,7 +35,7 @@ def bins(grid: float = GRID) -> np.ndarray:
     corner = np.unique(np.floor(ab / grid).astype(int), axis=0)
     around = np.asarray([(0, 0), (0, 1), (1, 0), (1, 1)])
     points = np.unique((corner[:, None] + around).reshape(-1, 2), axis=0)
-    return np.float32(points * grid)
+    return (points * grid).astype(np.float32)
 
 
 def soft_encoding(
@@ -88,7 +88,7 @@ def _smoothing(centres_Q2: np.ndarray, sigma: float) -> np.ndarray:
     """Shares of each bin (column) that go to each (row): columns sum to 1."""
     square = ((centres_Q2[:, None] - centres_Q2[None]) ** 2).sum(-1)
     weight = np.exp(-np.float64(square) / (2 * sigma**2))
-    return np.float32(weight / weight.sum(0))
+    return (weight / weight.sum(0)).astype(np.float32)
 
 
 def annealed_mean(logits: jax.Array, centres_Q2: np.ndarray, temperature: float) -> jax.Array:

@@ -75,7 +75,7 @@ def make(
         return (logits.argmax(-1) == target.argmax(-1)).mean((1, 2))
 
     def accuracies(each: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        mean = sum(each.values()) / len(each)
+        mean = jnp.mean(jnp.stack(list(each.values())), axis=0)
         return {'accuracy': mean, **{f'accuracy_{name}': x for name, x in each.items()}}
 
     def init(key: jax.Array, batch: Batch, records: int) -> tuple[Tree, Tree]:
