@@ -15,8 +15,8 @@ The third kind says a random one of the four corners, only in training: with it 
 'digits:photographs' are images in colour, 32 × 32 pixels, 2,000 for training and 500 for testing:
 a digit cut from one of the two photographs that come with scikit-learn, a palace in China and a
 flower, and laid on the other one, each time on other places of both. Which is the digit's is drawn.
-The photographs are cut, too: test images have places of their right quarters, training images of
-the rest. The label is the digit.
+The photographs are cut, too: test images have places of their left two fifths, training images of
+the rest; palace, trees, petals and leaves are on both sides. The label is the digit.
 """
 
 import gzip
@@ -144,8 +144,8 @@ def _photographs(split: str) -> list[np.ndarray]:
     for name in ('china.jpg', 'flower.jpg'):
         whole = decode(pathlib.Path(_file('images', name)).read_bytes())
         x = np.asarray(Image.fromarray(whole).reduce(4))
-        cut = x.shape[1] * 3 // 4
-        found.append(x[:, :cut] if split == 'train' else x[:, cut:])
+        cut = x.shape[1] * 2 // 5
+        found.append(x[:, cut:] if split == 'train' else x[:, :cut])
     return found
 
 
