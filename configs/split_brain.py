@@ -46,7 +46,7 @@ def cifar10(c: Config) -> None:
 def imagenet(c: Config) -> None:
     """Colorization's recipe: of the authors' own (richzhang/splitbrainauto) the models are public.
 
-    Paper: halves of an AlexNet, crops of 180 pixels; here: of a ResNet-50, of 176 pixels.
+    Paper: halves of an AlexNet, crops of 180 pixels; here: of a ResNet-50, of 192 pixels.
     """
     recipes.caffe_colours(c)
     split(c)

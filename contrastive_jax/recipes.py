@@ -260,11 +260,11 @@ def caffe_colours(c: Config) -> None:
     Authors: a VGG-like network without pooling, which ends in a map of places of 8 pixels and one
     transposed convolution; here: a ResNet-50, whose map the head doubles three times. Authors:
     weight decay is added to Adam's gradient; here: AdamW's. Authors: crops of 176 pixels of images
-    of 256; here: square crops of about that share.
+    of 256; here: square crops of about that share, at 192, of which 32 is a divisor.
     """
     imagenet(c, epochs=0.0, batch=40)
     c.total_steps = 500_000
-    c.inputs.size, c.inputs.crop_fraction = 176, 176 / 256
+    c.inputs.size, c.inputs.crop_fraction = 192, 192 / 256
     square = {'scale': (0.4, 0.55), 'ratio': (1.0, 1.0)}
     c.inputs.crop = {**square, 'interpolation': 'bilinear', 'flip': 0.5}
     adam = {'name': 'adamw', 'learning_rate': 3e-5 * 256 / 40, 'b2': 0.99, 'weight_decay': 1e-3}

@@ -31,6 +31,8 @@ def simclr():
 def test_a_presets_own_batches_are_as_its_inputs_say(path, monkeypatch):
     """Of its own source: training, evaluation and fine-tuning, on the host and on the device."""
     config = recipe(path)
+    with config.unlocked():
+        config.init_from = ''  # there is no such run
     mesh = parallel.make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
         found = experiment.open(config, None, mesh)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from contrastive_jax import config, models
 from contrastive_jax.config import UserError
+from contrastive_jax.layers.convolution import convolve
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.models import resnet, vit
 
@@ -416,7 +417,7 @@ def test_convolution_and_its_gradients(batch, side, stride, padding, size):
     """Ours (the kernel's tiled over the batch) against XLA's, and loops in float64."""
     x = images(batch, size, size + 2, 3)
     kernel = images(side, side, 3, 4)
-    y, pull = jax.vjp(lambda x, k: resnet.convolve(x, k, stride, padding), x, kernel)
+    y, pull = jax.vjp(lambda x, k: convolve(x, k, stride, padding), x, kernel)
     d_y = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
     d_x, d_kernel = pull(d_y)
     xla = partial(
@@ -612,7 +613,7 @@ def test_config_lists_the_models():
     assert isinstance(
         config.build('models', {'name': 'vit', 'size': 'Ti'}, 'config.model'), vit.ViT
     )
-    exist = "'dcgan', 'nin', 'resnet', 'transformer', 'vit'"
+    exist = "'dcgan', 'lab', 'nin', 'resnet', 'transformer', 'vit'"
     with pytest.raises(UserError, match=rf"Did you mean 'resnet'.*Exists: {exist}"):
         config.build('models', {'name': 'resmet'}, 'config.model')
     with pytest.raises(UserError, match=r"unknown key 'pach'\. Did you mean 'patch'"):

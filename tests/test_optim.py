@@ -11,7 +11,7 @@ import pytest
 
 from contrastive_jax import models, optim, parameters, schedules
 from contrastive_jax.config import UserError
-from contrastive_jax.models import dcgan, nin, resnet, transformer, vit
+from contrastive_jax.models import dcgan, lab, nin, resnet, transformer, vit
 from contrastive_jax.state import TrainState
 from contrastive_jax.workdir import checkpoint
 
@@ -433,7 +433,7 @@ def test_every_parameter_has_a_kind_and_a_factor():
         assert found[name] == (kind, pytest.approx(float(factor))), name
 
 
-@pytest.mark.parametrize('name', ['vit', 'resnet', 'transformer', 'nin', 'dcgan'])
+@pytest.mark.parametrize('name', ['vit', 'resnet', 'transformer', 'nin', 'dcgan', 'lab'])
 def test_kinds_of_every_model(name):
     """Matrices are kernels or the texts' table; no other rule than the name says a token."""
     image = jnp.zeros((1, 8, 8, 3))
@@ -446,6 +446,9 @@ def test_kinds_of_every_model(name):
             resnet.make(widths=(8,), blocks=(1,), stem='cifar'), *image.shape
         ),
         'dcgan': lambda: shapes_of(dcgan.make(widths=(8, 8)), *image.shape),
+        'lab': lambda: shapes_of(
+            lab.make(encoder={'name': 'dcgan', 'widths': (8,)}, sees=('L', 'ab')), *image.shape
+        ),
         'nin': lambda: shapes_of(nin.make(widths=(8, 8, 8), width=8), *image.shape),
         'transformer': lambda: jax.eval_shape(
             partial(models.init, transformer.make(vocabulary=11, length=5, width=8, depth=1,

@@ -26,7 +26,6 @@ import pathlib
 
 import numpy as np
 from einops import rearrange
-from PIL import Image
 
 from contrastive_jax.config import UserError
 from contrastive_jax.data import Record, Source, Subset, labelled
@@ -121,6 +120,8 @@ class OnPhotographs:
         return PHOTOGRAPHS[self.split]
 
     def __getitem__(self, index: int) -> Record:
+        from PIL import Image
+
         rng = np.random.default_rng([list(PHOTOGRAPHS).index(self.split), index])
         scan = self.scans[index % len(self.scans)]
         grey = Image.fromarray(scan['image'][..., 0]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -140,6 +141,8 @@ class OnPhotographs:
 
 def _photographs(split: str) -> list[np.ndarray]:
     """The split's part of both, a quarter as wide and as high as they are."""
+    from PIL import Image
+
     found = []
     for name in ('china.jpg', 'flower.jpg'):
         whole = decode(pathlib.Path(_file('images', name)).read_bytes())
