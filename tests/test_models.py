@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from contrastive_jax import config, models
 from contrastive_jax.config import UserError
-from contrastive_jax.layers.convolution import convolve
+from contrastive_jax.layers.convolution import LAYOUT, convolve
 from contrastive_jax.layers.heads import MLP
 from contrastive_jax.models import resnet, vit
 
@@ -424,7 +424,7 @@ def test_convolution_and_its_gradients(batch, side, stride, padding, size):
         jax.lax.conv_general_dilated,
         window_strides=(stride, stride),
         padding=[(padding, padding)] * 2,
-        dimension_numbers=resnet.LAYOUT,
+        dimension_numbers=LAYOUT,
     )
     like, back = jax.vjp(xla, x, kernel)
     np.testing.assert_allclose(y, like, atol=1e-4)
