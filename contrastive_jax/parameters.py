@@ -104,7 +104,7 @@ def rate_factors(
         )
 
     def layer(parts: tuple[str, ...]) -> int:
-        """How many layers it is below the top."""
+        """Its distance below the top, in layers."""
         for i, name in enumerate(parts):
             blocks = sorted(stacks.get(parts[:i], ()))
             if blocks and (block := place(name)):

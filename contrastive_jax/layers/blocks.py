@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from contrastive_jax.config import UserError
+
 ACTIVATIONS = {
     'gelu_tanh': partial(nn.gelu, approximate=True),
     'gelu': partial(nn.gelu, approximate=False),
@@ -22,6 +24,14 @@ ACTIVATIONS = {
 Initializer = nn.initializers.Initializer
 xavier = nn.initializers.xavier_uniform()
 xavier_qkv = nn.initializers.lecun_uniform()
+
+
+def check_width(width: int, heads: int, who: str) -> None:
+    """Raises UserError unless a method's transformer can have these heads, and 2-D positions."""
+    if width % heads or width % 4:
+        raise UserError(
+            f'config.method.width: got {width}; {who} expects a multiple of heads={heads} and of 4.'
+        )
 
 
 def sincos2d(rows: int, columns: int, width: int, temperature: float = 10000.0) -> np.ndarray:

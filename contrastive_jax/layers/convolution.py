@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from contrastive_jax.layers.norm import batch_norm
 from contrastive_jax.similarity.mesh import device_count
 
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
@@ -133,18 +134,6 @@ SLOPE = 0.2  # of LeakyReLU below 0
 dcgan_start = nn.initializers.normal(0.02)  # of kernels
 
 
-def batch_norm(train: bool, name: str, dtype: jnp.dtype | None = None) -> nn.BatchNorm:
-    """BatchNorm as in all models: of the global batch, averages with a momentum of 0.9."""
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        dtype=dtype,
-        use_fast_variance=False,  # E[x²] − E[x]² cancels
-        name=name,
-    )
-
-
 class Down(nn.Module):
     """A convolution 4 x 4 of stride 2 and padding 1, BatchNorm if it is wanted, LeakyReLU.
 
@@ -163,7 +152,7 @@ class Down(nn.Module):
         """[B, H, W, C] -> [B, H / 2, W / 2, D], rounded down."""
         kernel = self.param('kernel', dcgan_start, (4, 4, x.shape[-1], self.out))
         x = convolve(x.astype(self.dtype), kernel.astype(self.dtype), 2, 1)
-        x = batch_norm(train, 'norm', self.dtype)(x) if self.norm else x
+        x = batch_norm(train, dtype=self.dtype, name='norm')(x) if self.norm else x
         return nn.leaky_relu(x, SLOPE)
 
 

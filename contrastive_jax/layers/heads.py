@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_jax.config import check_range
+from contrastive_jax.layers.norm import batch_norm
 from contrastive_jax.losses.scores import unit
 
 
@@ -59,15 +60,8 @@ class MLP(nn.Module):
             out = self.out if last else self.hidden
             x = nn.Dense(out, bias, kernel_init=self.kernel_init, name=f'linear{i}')(x)
             if norm:
-                x = nn.BatchNorm(
-                    use_running_average=not train,
-                    momentum=0.9,
-                    epsilon=1e-5,
-                    use_bias=not last,
-                    use_scale=not last or self.last_scale,
-                    use_fast_variance=False,  # E[x²] − E[x]² cancels
-                    name=f'norm{i}',
-                )(x)
+                scale = not last or self.last_scale
+                x = batch_norm(train, use_bias=not last, use_scale=scale, name=f'norm{i}')(x)
             if not last:
                 x = nn.relu(x) if self.activation == 'relu' else nn.gelu(x)
         return x
@@ -86,14 +80,7 @@ class Hidden(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, D] -> [B, E], float32, not negative."""
         x = nn.Dense(self.out, use_bias=False, name='linear')(x.astype(jnp.float32))
-        norm = nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            use_fast_variance=False,  # E[x²] − E[x]² cancels
-            name='norm',
-        )
-        return nn.relu(norm(x))
+        return nn.relu(batch_norm(train, name='norm')(x))
 
 
 class Classifier(nn.Module):
@@ -114,15 +101,8 @@ class Classifier(nn.Module):
         """[B, D] -> logits [B, C], float32."""
         x = x.astype(jnp.float32)
         if self.batch_norm:
-            x = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-6,  # features may be small
-                use_bias=False,
-                use_scale=False,
-                use_fast_variance=False,  # E[x²] − E[x]² cancels
-                name='norm',
-            )(x)
+            plain = {'use_bias': False, 'use_scale': False}
+            x = batch_norm(train, epsilon=1e-6, **plain, name='norm')(x)  # features may be small
         init = nn.initializers.normal(self.std) if self.std else nn.initializers.zeros
         return nn.Dense(self.classes, kernel_init=init, name='linear')(x)
 

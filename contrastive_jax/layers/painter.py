@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from contrastive_jax.config import UserError
-from contrastive_jax.layers.convolution import SLOPE, Down, Up, batch_norm, dcgan_start
+from contrastive_jax.layers.convolution import SLOPE, Down, Up, dcgan_start
+from contrastive_jax.layers.norm import batch_norm
 
 SMALLEST = 4  # side of the map that painting begins with and a critic ends with, about
 
@@ -87,14 +88,14 @@ class Painter(nn.Module):
         x = x.astype(jnp.float32)
         if self.bottleneck:
             x = dense(self.bottleneck, 'bottleneck')(x.reshape(len(x), -1))
-            x = nn.leaky_relu(batch_norm(train, 'bottleneck_norm')(x), SLOPE)
+            x = nn.leaky_relu(batch_norm(train, name='bottleneck_norm')(x), SLOPE)
             x = dense(first * first * top, 'spread')(x)
         else:
             x = ChannelWise(first * first, name='bottleneck')(x)
             x = dense(top, 'mix')(x)
-        x = nn.relu(batch_norm(train, 'norm0')(x.reshape(len(x), first, first, top)))
+        x = nn.relu(batch_norm(train, name='norm0')(x.reshape(len(x), first, first, top)))
         for i, width in enumerate(reversed(rest), 1):
-            x = nn.relu(batch_norm(train, f'norm{i}')(Up(width, name=f'up{i}')(x)))
+            x = nn.relu(batch_norm(train, name=f'norm{i}')(Up(width, name=f'up{i}')(x)))
         return jnp.tanh(Up(self.channels, name='out')(x))
 
 

@@ -14,8 +14,8 @@ from einops import rearrange
 
 from contrastive_jax import losses, models
 from contrastive_jax.augment.masking import multi_block
-from contrastive_jax.config import UserError, check_range, choose
-from contrastive_jax.layers.blocks import ACTIVATIONS
+from contrastive_jax.config import check_range, choose
+from contrastive_jax.layers.blocks import ACTIVATIONS, check_width
 from contrastive_jax.layers.predictor import Predictor
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.models.vit import DTYPES
@@ -56,10 +56,7 @@ def make(
     check_range('config.method', {'momentum': momentum}, least=0, most=1, who='ijepa')
     choose('activation', activation, ACTIVATIONS, 'config.method')
     compute = choose('dtype', dtype, DTYPES, 'config.method')
-    if width % heads or width % 4:
-        raise UserError(
-            f'config.method.width: got {width}; ijepa expects a multiple of heads={heads} and of 4.'
-        )
+    check_width(width, heads, 'ijepa')
     network = Chain(model)
     target = Target(network, ('encoder',), lambda progress: ramp(progress, momentum, 1.0, share=1))
     shapes = {'blocks': blocks, 'scale': scale, 'aspect': aspect, 'context': context}

@@ -14,8 +14,8 @@ from einops import rearrange
 
 from contrastive_jax import models
 from contrastive_jax.augment.masking import image_key
-from contrastive_jax.config import UserError, check_range, choose
-from contrastive_jax.layers.blocks import ACTIVATIONS
+from contrastive_jax.config import check_range, choose
+from contrastive_jax.layers.blocks import ACTIVATIONS, check_width
 from contrastive_jax.layers.decoder import Decoder
 from contrastive_jax.method import Aux, Batch, Method, Tree
 from contrastive_jax.models.vit import DTYPES
@@ -56,10 +56,7 @@ def make(
     check_range('config.method', {'mask_ratio': mask_ratio}, least=0, below=1, who='mae')
     choose('activation', activation, ACTIVATIONS, 'config.method')
     compute = choose('dtype', dtype, DTYPES, 'config.method')
-    if width % heads or width % 4:
-        raise UserError(
-            f'config.method.width: got {width}; mae expects a multiple of heads={heads} and of 4.'
-        )
+    check_width(width, heads, 'mae')
     network = Chain(model)
 
     def grid(images: jax.Array) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from contrastive_jax.config import UserError, check_range, choose, each
 from contrastive_jax.layers.convolution import Conv
+from contrastive_jax.layers.norm import batch_norm
 from contrastive_jax.models.resnet import DTYPES
 
 SIDES = 5, 5, 3  # of the first convolution in the first blocks; further ones are as the last
@@ -30,15 +31,7 @@ class Block(nn.Module):
         for i, width in enumerate(self.widths, 1):
             side = self.side if i == 1 else 1
             x = Conv(width, side, 1, side // 2, self.dtype, name=f'conv{i}')(x)
-            x = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-5,
-                dtype=self.dtype,
-                use_fast_variance=False,  # E[x²] − E[x]² cancels
-                name=f'norm{i}',
-            )(x)
-            x = nn.relu(x)
+            x = nn.relu(batch_norm(train, dtype=self.dtype, name=f'norm{i}')(x))
         return x
 
 

@@ -13,6 +13,7 @@ from einops import rearrange
 
 from contrastive_jax.config import UserError, check_range, choose
 from contrastive_jax.layers.convolution import Conv
+from contrastive_jax.layers.norm import batch_norm
 
 SIZES = {  # He et al. 2016, table 1
     '18': {'widths': (64, 128, 256, 512), 'blocks': (2, 2, 2, 2), 'block': 'basic'},
@@ -42,14 +43,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            use_fast_variance=False,  # E[x²] − E[x]² cancels
-        )
+        norm = partial(batch_norm, train, dtype=self.dtype)
         out = self.width * (4 if self.bottleneck else 1)
         if self.bottleneck:
             layers = [(self.width, 1, 1), (self.width, 3, self.stride), (out, 1, 1)]
@@ -113,15 +107,7 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
         side, stride, padding, pool = STEMS[self.stem]
         x = Conv(self.widths[0], side, stride, padding, self.dtype, name='stem')(x)
-        x = nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            use_fast_variance=False,
-            name='stem_norm',
-        )(x)
-        x = nn.relu(x)
+        x = nn.relu(batch_norm(train, dtype=self.dtype, name='stem_norm')(x))
         if pool:
             # Padded here, because max_pool's own type says that its padding is a str.
             x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # 0: no more than a ReLU's outputs

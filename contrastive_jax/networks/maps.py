@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from contrastive_jax import models
 from contrastive_jax.config import UserError
 from contrastive_jax.layers.convolution import Conv
+from contrastive_jax.layers.norm import batch_norm
 from contrastive_jax.method import Tree
 from contrastive_jax.networks.chain import Chain
 
@@ -38,14 +39,7 @@ class Places(nn.Module):
             if i:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
             x = Conv(self.width, 3, 1, 1, jnp.dtype('float32'), name=f'conv{i}')(x)
-            norm = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-5,
-                use_fast_variance=False,  # E[x²] − E[x]² cancels
-                name=f'norm{i}',
-            )
-            x = nn.relu(norm(x))
+            x = nn.relu(batch_norm(train, name=f'norm{i}')(x))
         return nn.Dense(self.out, name='out')(x)
 
 
@@ -84,7 +78,7 @@ class Maps:
         train: bool = True,
         key: jax.Array | None = None,
     ) -> tuple[dict[str, jax.Array], Tree]:
-        """What every head says, [B, h, w, K], and the averages after this call."""
+        """The outputs of every head, [B, h, w, K], and the averages after this call."""
         out, new = self.chain(params, stats, images_BHWC, train=train, key=key)
         found = {}
         for name, head, share in self._heads(images_BHWC, out['named']):
@@ -136,7 +130,7 @@ def middles(x_BHWC: jax.Array, map_BhwK: jax.Array) -> jax.Array:
 def check_sees(
     who: str, encoder: models.Encoder, allowed: Sequence[tuple[str, ...]]
 ) -> tuple[str, ...]:
-    """What the parts of an encoder of images in Lab see.
+    """The channels that the parts of an encoder of images in Lab see.
 
     A part that saw what its head is to say would have nothing to learn.
 
